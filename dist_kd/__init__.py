@@ -1,0 +1,3 @@
+"""dist_kd: distributed knowledge distillation of image classifiers."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,293 @@
+"""Every setting a user chooses: meaning, unit, range, default. Frozen; knows no argv, no file and no torch.
+
+`setting(..., result=True)` marks what changes the trained numbers: those settings name the run folder,
+are compared on resume, and are refused if they differ. A test fails for an unclassed field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+def setting(
+    default: Any, text: str, *, group: str, result: bool, unit: str = "", aliases: tuple[str, ...] = (), **rule: Any
+) -> Any:
+    """A pydantic Field that also knows its help group, unit, aliases and whether it changes the result."""
+    extra = {"group": group, "unit": unit, "result": result, "aliases": list(aliases)}
+    return Field(default, description=text, json_schema_extra=extra, **rule)
+
+
+DATA, MODELS, METHOD, OPTIM, RUN, TRACK = "data", "models", "distillation", "optimization", "run", "tracking"
+
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop"]
+Schedule = Literal["constant", "step", "cosine", "restarts"]
+DEFAULT_LR: dict[str, float] = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 0.01}
+
+
+class Config(BaseModel):
+    """Train a student, with or without a teacher."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # data
+    data: str | None = setting(
+        None,
+        "Training data: a folder with shards, a brace pattern, a comma-separated list of shards, "
+        "or a known set (digits, cifar10, ...). Missing: the variable DIST_KD_DATA.",
+        group=DATA,
+        result=True,
+        aliases=("--data-dir",),
+    )
+    val_data: str | None = setting(
+        None, "Validation data, as --data. Missing: DATA/val.", group=DATA, result=True, aliases=("--val-dir",)
+    )
+    image_size: int | None = setting(
+        None,
+        "Side of the square training and evaluation view. Missing: the student's own.",
+        group=DATA,
+        result=True,
+        unit="pixels",
+        ge=4,
+        le=2048,
+        aliases=("--img-size",),
+    )
+    augment: str | None = setting(
+        None,
+        "Augmentations, joined by +: crop, rrc, flip, vflip, rotate, jitter, randaugment, autoaugment, "
+        "autoaugment_cifar, trivialaugment, erase; or none. Missing: what this data set is usually trained with.",
+        group=DATA,
+        result=True,
+        aliases=("--aa",),
+    )
+    mixup: float = setting(
+        0.0,
+        "Alpha of mixup's Beta(alpha, alpha), pairs inside the global batch; 0 is off.",
+        group=DATA,
+        result=True,
+        ge=0,
+        le=4,
+    )
+    cutmix: float = setting(
+        0.0,
+        "Alpha of cutmix's Beta(alpha, alpha); 0 is off. With mixup too, each row takes one of them by a fair coin.",
+        group=DATA,
+        result=True,
+        ge=0,
+        le=4,
+    )
+    batch_size: int = setting(
+        256,
+        "GLOBAL batch of one optimizer step, over all processes.",
+        group=DATA,
+        result=True,
+        unit="samples",
+        ge=1,
+        aliases=("-b", "--global-batch"),
+    )
+    device_batch_size: int = setting(
+        128,
+        "Largest micro-batch one device is given; accumulation follows from it.",
+        group=DATA,
+        result=True,
+        unit="samples",
+        ge=1,
+        aliases=("--micro-batch-size",),
+    )
+    workers: int = setting(
+        2,
+        "Loader processes per training process; 0 loads in the main process.",
+        group=DATA,
+        result=False,
+        ge=0,
+        le=256,
+        aliases=("-j", "--num-workers"),
+    )
+    in_memory: bool | None = setting(
+        None, "Decode the whole set once and keep it in memory. Missing: if it fits 1 GiB.", group=DATA, result=False
+    )
+    loader_timeout: float = setting(
+        300.0, "Longest wait for a batch before the run ends.", group=DATA, result=False, unit="seconds", gt=0
+    )
+
+    # models
+    arch: str = setting(
+        "efficientnet_b0", "Student network.", group=MODELS, result=True, aliases=("-a", "--model", "--student-arch")
+    )
+    teacher_arch: str = setting(
+        "resnet152", "Teacher network, frozen.", group=MODELS, result=True, aliases=("--kd-model-name",)
+    )
+    student_weights: str = setting(
+        "none",
+        "Where the student starts: none, DEFAULT, a torchvision weight name, lite0, lite2, a .safetensors or "
+        ".pth file, or a run folder.",
+        group=MODELS,
+        result=True,
+    )
+    teacher_weights: str = setting("DEFAULT", "The teacher's weights, as --student-weights.", group=MODELS, result=True)
+    teacher_eval_samples: int = setting(
+        10_000,
+        "Validation samples, evenly spaced, on which the teacher is scored before step 1.",
+        group=MODELS,
+        result=False,
+        unit="samples",
+        ge=1,
+    )
+
+    # distillation
+    method: str = setting(
+        "ce", "Loss: ce (labels only) or kd. --kd is --method kd, --no-kd is --method ce.", group=METHOD, result=True
+    )
+    T: float = setting(
+        4.0,
+        "Softmax temperature of the kd term.",
+        group=METHOD,
+        result=True,
+        gt=0,
+        le=1000,
+        aliases=("--kd-temperature", "--temperature"),
+    )
+    w: float = setting(
+        0.9,
+        "Weight of the kd term; cross-entropy has 1 - w.",
+        group=METHOD,
+        result=True,
+        ge=0,
+        le=1,
+        aliases=("--kd-weight",),
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "Share of each label's weight spread over all classes, in the cross-entropy term.",
+        group=METHOD,
+        result=True,
+        ge=0,
+        lt=1,
+        aliases=("--smoothing",),
+    )
+
+    # optimization
+    epochs: float = setting(100.0, "Passes over the training data.", group=OPTIM, result=True, unit="epochs", gt=0)
+    max_steps: int | None = setting(
+        None, "Optimizer steps, instead of --epochs.", group=OPTIM, result=True, unit="steps", ge=1
+    )
+    optimizer: Optimizer = setting(
+        "sgd", "SGD is with Nesterov momentum.", group=OPTIM, result=True, aliases=("--opt",)
+    )
+    lr: float | None = setting(
+        None,
+        "Highest learning rate, for the global batch as it is (no scaling). "
+        "Missing: sgd 0.1, adam and adamw 0.001, rmsprop 0.01.",
+        group=OPTIM,
+        result=True,
+        gt=0,
+    )
+    momentum: float = setting(
+        0.9, "Of SGD and RMSprop; the first beta of Adam(W).", group=OPTIM, result=True, ge=0, lt=1
+    )
+    weight_decay: float = setting(
+        1e-4,
+        "L2 decay (decoupled in AdamW); none on norms and biases.",
+        group=OPTIM,
+        result=True,
+        ge=0,
+        aliases=("--wd",),
+    )
+    schedule: Schedule = setting(
+        "cosine", "Course of the learning rate after warm-up.", group=OPTIM, result=True, aliases=("--sched",)
+    )
+    warmup_epochs: float = setting(
+        0.0, "Linear rise of the learning rate at the start.", group=OPTIM, result=True, unit="epochs", ge=0
+    )
+    lr_floor: float = setting(
+        0.0, "Lowest learning rate, as a share of --lr (cosine, restarts).", group=OPTIM, result=True, ge=0, le=1
+    )
+    lr_step_epochs: float = setting(
+        30.0, "Epochs between drops (step), or first period (restarts).", group=OPTIM, result=True, unit="epochs", gt=0
+    )
+    lr_gamma: float = setting(
+        0.1,
+        "Factor of each drop (step), or growth of the period (restarts: 1 keeps it, 2 doubles it).",
+        group=OPTIM,
+        result=True,
+        gt=0,
+    )
+    clip_norm: float | None = setting(
+        None, "Largest gradient norm; missing: no clipping.", group=OPTIM, result=True, gt=0, aliases=("--clip-grad",)
+    )
+    ema_decay: float | None = setting(
+        None,
+        "Decay per step of the averaged student (buffers too), warmed up as (1+n)/(10+n); then "
+        "that is what is evaluated and exported. Missing: no average.",
+        group=OPTIM,
+        result=True,
+        gt=0,
+        lt=1,
+        aliases=("--model-ema-decay",),
+    )
+    seed: int = setting(0, "Of everything random.", group=OPTIM, result=True, ge=0, le=2**31 - 1)
+
+    # run
+    save_path: str | None = setting(
+        None,
+        "The run's folder. Missing: runs/ARCH-METHOD-HASH of what changes the result.",
+        group=RUN,
+        result=False,
+        aliases=("-o", "--output"),
+    )
+    resume: str = setting(
+        "auto",
+        "auto: go on if the folder has a checkpoint; never: refuse a used folder; or a checkpoint's path.",
+        group=RUN,
+        result=False,
+    )
+    allow_changes: bool = setting(
+        False, "Resume although settings that change the result differ.", group=RUN, result=False
+    )
+    checkpoint_steps: int = setting(500, "Steps between checkpoints.", group=RUN, result=False, unit="steps", ge=1)
+    keep: int = setting(2, "Checkpoints kept, besides the best.", group=RUN, result=False, ge=1)
+    eval_steps: int | None = setting(
+        None, "Steps between evaluations; missing: at each epoch's end.", group=RUN, result=True, unit="steps", ge=1
+    )
+    log_steps: int = setting(50, "Steps between log points.", group=RUN, result=False, unit="steps", ge=1)
+    time_limit: float | None = setting(
+        None, "Stop with a checkpoint after this long.", group=RUN, result=False, unit="minutes", gt=0
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None,
+        "Compute precision. Missing: as launched, else bf16 on a GPU that has it, else no.",
+        group=RUN,
+        result=True,
+        aliases=("--amp-dtype",),
+    )
+    channels_last: bool = setting(True, "Memory format of images and weights.", group=RUN, result=True)
+    compile: bool = setting(
+        False, "torch.compile for student and teacher.", group=RUN, result=True, aliases=("--torchcompile",)
+    )
+    cpu: bool = setting(False, "Use the CPU even where there is a GPU.", group=RUN, result=False)
+
+    # tracking
+    wandb: bool = setting(
+        False, "Mirror metrics to Weights & Biases (offline without key or network).", group=TRACK, result=False
+    )
+    wandb_project: str = setting("dist_kd", "W&B project.", group=TRACK, result=False)
+    tensorboard: bool = setting(
+        False, "Mirror metrics to TensorBoard files (extra: tensorboard).", group=TRACK, result=False
+    )
+
+    @property
+    def peak_lr(self) -> float:
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the trained numbers, by name."""
+        return {k: getattr(self, k) for k, f in type(self).model_fields.items() if f.json_schema_extra["result"]}
+
+    @property
+    def default_name(self) -> str:
+        """ARCH-METHOD-HASH: the same line, given again, finds its run."""
+        digest = hashlib.sha256(json.dumps(self.result_settings(), sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.arch.replace('/', '-')}-{self.method}-{digest}"

@@ -1,0 +1,132 @@
+"""The shapes that pass between rooms. Imports nothing of ours and no torch at run time.
+
+Tensor shapes: B batch, C classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One micro-batch, on the device, normalized with the student's mean and std."""
+
+    images: Tensor  # [B, 3, H, W] float32
+    labels: Tensor  # [B] int64
+    weights: Tensor  # [B] float32: 0 where a bad sample was replaced or a row is padding, else 1
+    samples: Tensor  # [B] int64: sample numbers in the index (the intended ones)
+    soft_labels: Tensor | None = None  # [B, C] float32 under mixup or cutmix, else None
+
+
+class ModelOutput(NamedTuple):
+    """What every network returns: a NamedTuple, because Accelerate upcasts those and not dataclasses."""
+
+    logits: Tensor  # [B, C]
+    features: dict[str, Tensor]  # the taps that were asked for, else empty
+
+
+class LossTerms(NamedTuple):
+    """What every method returns. `total` is the mean over the micro-batch of weight x per-sample loss."""
+
+    total: Tensor  # scalar float32, with gradient
+    parts: dict[str, Tensor]  # detached scalars; names are keys of tracking/keys.py
+    logits: Tensor  # [B, C] the student's, detached
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is. `local_*` count processes on this node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a network expects of its input and how its weights came to be."""
+
+    arch: str  # canonical name, e.g. "efficientnet_b0" or "timm/resnet18"
+    num_classes: int
+    mean: tuple[float, float, float]  # of pixels scaled to 0..1
+    std: tuple[float, float, float]
+    image_size: int  # pixels, side of the square it is trained for
+    crop_pct: float  # evaluation: resize the shorter side to image_size / crop_pct, crop the centre
+    interpolation: str  # "bilinear" or "bicubic", for the evaluation resize
+    weights: str = "none"  # what was loaded, e.g. "IMAGENET1K_V2", "lite0", a path
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a set of samples is: the facts everything else may depend on."""
+
+    name: str
+    classes: tuple[str, ...]
+    shard_sizes: tuple[int, ...]  # samples per shard; sample numbers run through the shards in order
+    fingerprint: str  # digest of the index: same samples, same order <=> same fingerprint
+    augment: str = "none"  # the augmentation this kind of data is usually trained with
+    image_size: int | None = None  # side in pixels if all images have one square size
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.shard_sizes)
+
+
+@dataclass
+class DataCounters:
+    """What happened to samples on the way; merged over ranks and written to summary.json."""
+
+    bad: dict[str, int] = field(default_factory=dict)  # kind of damage -> samples replaced
+    retries: int = 0
+
+
+class TrainSource(Protocol):
+    """Training batches of this rank. Nothing above can tell streaming from memory."""
+
+    spec: DataSpec
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Endless micro-batches from the first one of optimizer step `step` on."""
+        ...
+
+
+class EvalSource(Protocol):
+    """Evaluation batches of this rank: each sample of the set is on exactly one rank, exactly once."""
+
+    spec: DataSpec
+
+    def batches(self) -> Iterator[Batch]: ...
+
+
+class Method(Protocol):
+    """A loss. Concretely an nn.Module whose own parameters (adapters) are trained and saved with the student."""
+
+    needs_teacher: bool
+    wants: frozenset[str]  # names of taps it needs from student and teacher; empty: logits only
+    formula: str  # the loss in force, one line, with its numbers
+
+    def __call__(self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch) -> LossTerms: ...
+
+
+class Tracker(Protocol):
+    """A mirror of metrics.jsonl. Never raises, never blocks training for long."""
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def summary(self, values: dict[str, Any]) -> None: ...
+
+    def close(self, status: str) -> None: ...

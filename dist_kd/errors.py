@@ -1,0 +1,43 @@
+"""Every error a user can cause: one sentence with the value, the rule, where it came from and what to do.
+
+DistKDError
+  ConfigError       raised by cli, config, plan, wiring, models: a setting that cannot work (exit 2)
+  DataError         raised by data: shards, index or images that are not what they should be (exit 3)
+  CheckpointError   raised by checkpoint: nothing usable to resume from, or another run's files (exit 4)
+  DivergedError     raised by loop: the loss is no longer finite (exit 5)
+"""
+
+
+class DistKDError(Exception):
+    """Base of all errors shown to the user without a traceback."""
+
+    exit_code = 1
+    kind = "error"
+
+
+class ConfigError(DistKDError):
+    """A setting, or a combination of settings, that cannot work."""
+
+    exit_code = 2
+    kind = "config"
+
+
+class DataError(DistKDError):
+    """Shards, an index or an image that are not what they should be."""
+
+    exit_code = 3
+    kind = "data"
+
+
+class CheckpointError(DistKDError):
+    """No usable checkpoint where one was asked for, or one that belongs to another run."""
+
+    exit_code = 4
+    kind = "checkpoint"
+
+
+class DivergedError(DistKDError):
+    """The loss or the gradients are no longer finite."""
+
+    exit_code = 5
+    kind = "diverged"
