@@ -1,0 +1,105 @@
+"""Running sums on the device and clocks around the parts of a step. `drain` is the only host sync of training."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dist_kd.contracts import Batch, LossTerms
+
+PARTS = ("data", "teacher", "student")
+
+
+class Clock:
+    """Seconds spent in named parts: by CUDA events where work is asynchronous, else by the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._host: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        # waiting for data happens on the host, also with a GPU
+        if not self._cuda or name == "data":
+            start = time.perf_counter()
+            yield
+            self._host[name] += time.perf_counter() - start
+            return
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        yield
+        events[1].record()
+        self._events.append((name, *events))
+
+    def drain(self) -> dict[str, float]:
+        """Seconds by part since the last drain. Syncs the device once."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for name, first, last in self._events:
+            self._host[name] += first.elapsed_time(last) / 1000
+        seconds = dict(self._host)
+        self._host.clear()
+        self._events.clear()
+        return seconds
+
+
+class Meters:
+    """Sums over micro-batches since the last log point: losses, hits, rows. Part of what a checkpoint saves."""
+
+    def __init__(self, device: torch.device, loss_parts: tuple[str, ...]) -> None:
+        # summed in float64 where the device has it, so that a resumed sum is the same sum
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.names = ("loss", *loss_parts, "top1", "top5", "rows", "bad")
+        self._sums = torch.zeros(len(self.names), dtype=dtype, device=device)
+        self.clock = Clock(device)
+        self._since = time.perf_counter()
+        self._steps = 0
+
+    @torch.no_grad()
+    def add(self, terms: LossTerms, batch: Batch) -> None:
+        """Adds one micro-batch without a host sync. Hits are against hard labels, also under mixup."""
+        rows = batch.labels.shape[0]
+        top = terms.logits.topk(min(5, terms.logits.shape[1]), dim=1).indices
+        hits = (top == batch.labels[:, None]).to(self._sums.dtype) * batch.weights[:, None]
+        means = torch.stack([terms.total.detach(), *(terms.parts[n] for n in self.names[1:-4])]).to(self._sums.dtype)
+        counts = torch.stack([hits[:, 0].sum(), hits.sum(), batch.weights.sum(), (1 - batch.weights).sum()])
+        self._sums += torch.cat([means * rows, counts.to(self._sums.dtype)])
+
+    def step_done(self) -> None:
+        self._steps += 1
+
+    def state(self) -> Tensor:
+        """The sums of this rank, for a checkpoint: [n] float64 on the CPU."""
+        return self._sums.double().cpu()
+
+    def load(self, sums: list[float]) -> None:
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def drain(self, reduce_sum) -> dict[str, float]:
+        """Means over all ranks since the last drain, and this rank's times. `reduce_sum(tensor)` adds over ranks."""
+        sums = dict(zip(self.names, reduce_sum(self._sums).tolist(), strict=True))
+        parts = self.clock.drain()
+        now = time.perf_counter()
+        steps = max(1, self._steps)
+        rows = max(1.0, sums["rows"] + sums["bad"])  # losses are divided by all rows, hits by the good ones
+        values = {f"train/{n}": sums[n] / rows for n in self.names[:-4]}
+        values |= {f"train/{n}": 100 * sums[n] / max(1.0, sums["rows"]) for n in ("top1", "top5")}
+        wall = now - self._since
+        values["time/step_ms"] = 1000 * wall / steps
+        values |= {f"time/{p}_ms": 1000 * parts.get(p, 0.0) / steps for p in PARTS}
+        values["time/other_ms"] = max(0.0, values["time/step_ms"] - sum(values[f"time/{p}_ms"] for p in PARTS))
+        values["data/bad_samples"] = sums["bad"]
+        self._sums.zero_()
+        self.restart_clock()
+        return values
+
+    def restart_clock(self) -> None:
+        """Starts a new window of time: after evaluations and saves, which are not part of a step."""
+        self._since, self._steps = time.perf_counter(), 0
+        self.clock.drain()
