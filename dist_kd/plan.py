@@ -112,7 +112,7 @@ def _split(config: Config, world_size: int) -> int:
         near = math.ceil(rank_batch / better) * better * world_size
         raise ConfigError(
             f"--batch-size `{batch}` gives each of {world_size} processes {rank_batch} samples, whose largest "
-            f"micro-batch within --device-batch-size `{config.device_batch_size}` is {micro}, less than half of it; use "
+            f"micro-batch within --device-batch-size `{config.device_batch_size}` is {micro}, less than half; use "
             f"--batch-size `{near}`, or --device-batch-size `{rank_batch}`"
         )
     return micro

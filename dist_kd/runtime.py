@@ -1,0 +1,224 @@
+"""The processes and their agreement: world, device, precision, collectives, stop requests. Home of accelerate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_kd.config import Config
+from dist_kd.contracts import World
+from dist_kd.errors import ConfigError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+GROUP_TIMEOUT = timedelta(minutes=15)  # longest wait in any collective
+
+
+@dataclass
+class Runtime:
+    """Everything that depends on how many processes there are and what they run on."""
+
+    accelerator: accelerate.Accelerator
+    world: World
+    device: torch.device
+    precision: str  # no, fp16 or bf16
+    precision_origin: str
+    cpu_group: Any = None  # gloo, for agreements that must not sync a GPU
+
+    def say(self, text: str) -> None:
+        """Prints on rank 0 only."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def prepare(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Learner in DDP and under autocast, optimizer with loss scaling. Loaders are never prepared (loader.py)."""
+        return self.accelerator.prepare(learner, optimizer)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
+    def barrier(self) -> None:
+        if self.world.world_size > 1:
+            dist.barrier(group=self.cpu_group)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0, gives all ranks its result, and raises its error on all of them."""
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.world.is_main:
+            try:
+                outcome = (action(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return result
+
+    def reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, as a new tensor on the CPU. Syncs the device."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.world.world_size > 1:
+            dist.all_reduce(total, group=self.cpu_group)
+        return total
+
+    def reduce_max(self, values: Tensor) -> Tensor:
+        total = values.detach().cpu().clone()
+        if self.world.world_size > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return total
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Rank 0's running statistics become every rank's: they are the run's."""
+        if self.world.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def close(self) -> None:
+        if self.world.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _precision(config: Config, cuda: bool) -> tuple[str, str]:
+    """Compute precision and where it came from. The flag wins over the launcher's environment."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if config.mixed_precision:
+        precision, origin = config.mixed_precision, "setting"
+    elif launched in ("no", "fp16", "bf16"):
+        precision, origin = launched, "as launched"
+    else:
+        precision, origin = ("bf16" if cuda and torch.cuda.is_bf16_supported() else "no"), "default"
+    if precision == "fp16" and not cuda:
+        raise ConfigError("--mixed-precision `fp16` needs a GPU, and this run is on the CPU; use bf16 or no")
+    return precision, origin
+
+
+def start_runtime(config: Config) -> Runtime:
+    """The runtime of this process; starts the process group if a launcher set one up."""
+    # a launcher's config may ask for accumulation by environment; ours follows from the plan alone
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    cuda = torch.cuda.is_available() and not config.cpu
+    precision, origin = _precision(config, cuda)
+    handlers = [
+        # buffers are broadcast before evaluation and saving instead of at every step
+        accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        accelerate.InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+    ]
+    accelerator = accelerate.Accelerator(cpu=config.cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    accelerator.gradient_accumulation_steps = 1
+    world = World(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != world.world_size:
+        raise ConfigError(
+            f"the launcher started {asked} processes (variable WORLD_SIZE) but only {world.world_size} would train "
+            "together; launch with torchrun, or with `accelerate launch --multi_gpu`"
+        )
+    group = None
+    if world.world_size > 1:
+        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    return Runtime(accelerator, world, accelerator.device, precision, origin, group)
+
+
+class StopRequests:
+    """Signals, a STOP file and a time limit set one flag; ranks agree on it without a device sync.
+
+    `agreed` is called once per step (and per round of any long loop) by every rank: it reads the answer to the
+    question asked one call before and asks the next one, so a reduction is never waited for.
+    """
+
+    def __init__(self, runtime: Runtime, run_dir: Path, time_limit_minutes: float | None) -> None:
+        self._runtime = runtime
+        self._file = run_dir / "STOP"
+        self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
+        self._next_look = 0.0
+        self._asked: tuple[Any, Tensor] | None = None
+        self.reason: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Handlers only set the flag: saving inside a signal handler is not safe."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def uninstall(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.reason = self.reason or f"signal {signal.Signals(number).name}"
+
+    def remove_stale_file(self) -> bool:
+        """Removes a STOP file older than this start; whether there was one. Rank 0 only."""
+        try:
+            self._file.unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _look(self) -> bool:
+        now = time.monotonic()
+        if self._deadline is not None and now >= self._deadline:
+            self.reason = self.reason or "time limit"
+        # a network file system is asked at most four times a second
+        if self._runtime.world.is_main and now >= self._next_look:
+            self._next_look = now + 0.25
+            if self._file.exists():
+                self.reason = self.reason or "file STOP"
+        return self.reason is not None
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop now. With several ranks the answer is one call old, hence the same on all."""
+        mine = self._look()
+        if self._runtime.world.world_size == 1:
+            return mine
+        stop = False
+        if self._asked is not None:
+            work, answer = self._asked
+            work.wait()
+            stop = bool(answer.item())
+        answer = torch.tensor([int(mine)], dtype=torch.int32)
+        work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._runtime.cpu_group, async_op=True)
+        self._asked = (work, answer)
+        if stop:
+            self.reason = self.reason or "another rank was asked to stop"
+        return stop
+
+    def settle(self) -> None:
+        """Waits for the question still under way, before the process group is closed."""
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None
+
+    def obeyed(self) -> None:
+        """Removes the STOP file after it was obeyed, so that the next start goes on."""
+        if self._runtime.world.is_main:
+            self._file.unlink(missing_ok=True)
+
+
+def ignore_stop_signals(numbers: Iterable[int] = STOP_SIGNALS) -> None:
+    """For loader workers: the training process decides; a worker killed by the same signal would break the save."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
