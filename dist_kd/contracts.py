@@ -123,10 +123,12 @@ class Method(Protocol):
 
 
 class Tracker(Protocol):
-    """A mirror of metrics.jsonl. Never raises, never blocks training for long."""
+    """Where metrics go. Never raises but for unknown keys, never blocks training for long."""
 
-    def log(self, values: dict[str, float], step: int) -> None: ...
+    def log(self, values: dict[str, float], step: int, kind: str = "train") -> None: ...
 
     def summary(self, values: dict[str, Any]) -> None: ...
+
+    def note(self, text: str) -> None: ...  # one line to the console, above the progress bar
 
     def close(self, status: str) -> None: ...

@@ -1,0 +1,59 @@
+"""Every metric the program writes, with its unit: the contract between the loop, the trackers and the report."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class Key(NamedTuple):
+    unit: str  # "" for a plain number
+    meaning: str  # one line, for help texts and legends
+    better: Literal["up", "down", ""] = ""
+
+
+# "mean since the last log point" is meant wherever nothing else is said under train/, time/ and data/
+KEYS: dict[str, Key] = {
+    "train/loss": Key("nats", "The whole loss, as the printed formula states it", "down"),
+    "train/loss_ce": Key("nats", "Cross-entropy with the labels, before its weight", "down"),
+    "train/loss_kd": Key("nats", "KL from softened teacher to softened student times T^2, before its weight", "down"),
+    "train/top1": Key("%", "Training views whose hard label is the student's first guess", "up"),
+    "train/top5": Key("%", "Training views whose hard label is among the student's five first guesses", "up"),
+    "train/lr": Key("", "Learning rate of the last step"),
+    "train/grad_norm": Key("", "Gradient norm of the last step, before clipping"),
+    "train/epoch": Key("epochs", "Passes over the training data so far, with fraction"),
+    "train/samples": Key("samples", "Training samples seen so far"),
+    "train/scale": Key("", "Loss scale (fp16 only)"),
+    "train/skipped_steps": Key("steps", "Steps skipped so far because gradients overflowed (fp16 only)", "down"),
+    "time/step_ms": Key("ms", "Wall time of an optimizer step", "down"),
+    "time/data_ms": Key("ms", "Part of the step spent waiting for the batch", "down"),
+    "time/teacher_ms": Key("ms", "Part of the step spent in the teacher", "down"),
+    "time/student_ms": Key("ms", "Part of the step spent in the student: forward, loss, backward, update", "down"),
+    "time/other_ms": Key("ms", "The rest of the step", "down"),
+    "time/images_per_s": Key("images/s", "Training images a second, over all processes", "up"),
+    "time/memory_bytes": Key("bytes", "Peak device memory of this process so far", "down"),
+    "data/bad_samples": Key("samples", "Samples that could not be used and were replaced with weight 0", "down"),
+    "data/left_out": Key("samples", "Samples of this epoch that do not fill a batch and are left out", "down"),
+    "data/retries": Key("reads", "Reads that had to be repeated", "down"),
+    "val/loss": Key("nats", "Cross-entropy with the labels on the validation set", "down"),
+    "val/top1": Key("%", "Validation samples whose label is the student's first guess", "up"),
+    "val/top5": Key("%", "Validation samples whose label is among the student's five first guesses", "up"),
+    "val/ece": Key("%", "Expected calibration error: mean gap between confidence and accuracy, 15 bins", "down"),
+    "val/agreement": Key("%", "Validation samples where student and teacher make the same first guess", "up"),
+    "val/samples": Key("samples", "Validation samples scored"),
+    "val/seconds": Key("s", "Wall time of the evaluation", "down"),
+    "val/epoch": Key("epochs", "Passes over the training data before this evaluation"),
+    "teacher/top1": Key("%", "Validation samples whose label is the teacher's first guess", "up"),
+    "teacher/top5": Key("%", "Validation samples whose label is among the teacher's five first guesses", "up"),
+    "teacher/loss": Key("nats", "The teacher's cross-entropy with the labels", "down"),
+    "teacher/ece": Key("%", "The teacher's expected calibration error", "down"),
+    "teacher/samples": Key("samples", "Validation samples on which the teacher was scored"),
+    "teacher/classes": Key("classes", "Outputs of the teacher"),
+}
+
+KINDS = ("train", "val", "teacher", "resume")  # what a line of metrics.jsonl is about
+
+
+def check_known(values: dict[str, float]) -> None:
+    """Nothing, or AssertionError naming the keys that are not in KEYS: a programming error, not a user's."""
+    unknown = sorted(set(values) - KEYS.keys())
+    assert not unknown, f"metrics without a row in tracking/keys.py: {', '.join(unknown)}"
