@@ -1,0 +1,48 @@
+"""How a command ends: one clean message and the documented exit code, no traceback for what a user can cause."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from dist_kd.errors import ConfigError, DistKDError
+
+INTERRUPTED = 130  # as shells report a death by SIGINT
+CLOSED_PIPE = 141  # and by SIGPIPE: `dist-kd report | head`
+
+
+def is_speaker() -> bool:
+    """Whether this process prints what all of them know alike: rank 0, or a process started alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def ended(call: Callable[[], int | None], *, alike: bool = False) -> int:
+    """The exit code of `call()`. `alike`: every rank fails the same way, so that only rank 0 says it."""
+    try:
+        code = call() or 0
+        sys.stdout.flush()  # a closed pipe shows itself here, not after our last line
+        return code
+    except DistKDError as error:
+        if _speaks(error, alike):
+            print(_message(error), file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return CLOSED_PIPE
+
+
+def _speaks(error: DistKDError, alike: bool) -> bool:
+    if alike:
+        return is_speaker()
+    # a setting fails alike on a node, but perhaps on one node only (a missing file): one voice a node
+    return not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _message(error: DistKDError) -> str:
+    """`KIND error: SENTENCE`, or a list where there are several; who speaks is named if it is not rank 0."""
+    rank, lines = os.environ.get("RANK", "0"), str(error).splitlines()
+    head = f"{'' if rank == '0' else f'rank {rank}: '}{error.kind} error"
+    return f"{head}: {error}" if len(lines) < 2 else "\n".join([f"{head}s ({len(lines)}):", *(f"  {x}" for x in lines)])
