@@ -8,6 +8,7 @@ imported until a view is made, because the command line checks names before it l
 from __future__ import annotations
 
 import difflib
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -52,13 +53,15 @@ def check_augment(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split("+")]
     if names == ["none"]:
         return ()
+    if "none" in names:
+        raise ConfigError(f"augmentation `{text}` joins none with others; write none alone, or leave it out")
     for name in names:
         if name not in AUGMENTS:
             near = difflib.get_close_matches(name, AUGMENTS, n=3)
-            hint = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
+            hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
             raise ConfigError(
-                f"augmentation `{name}` in `{text}` is unknown{hint or ';'} "
-                f"choose from {', '.join(AUGMENTS)} joined by +, or none alone"
+                f"augmentation `{name}` in `{text}` is unknown; {hint}"
+                f"choose from {', '.join(AUGMENTS)}, joined by +, or none alone"
             )
         if names.count(name) > 1:
             raise ConfigError(f"augmentation `{name}` stands twice in `{text}`; name it once")
@@ -96,8 +99,9 @@ class TrainView:
         draws = self._draw(epoch, samples)
         names = self.names
         if pixels.shape[-2:] == (self.image_size, self.image_size):
-            pixels = augment.shift_and_flip(pixels, {name: draws[name] for name in names if name in EXACT})
-            names = tuple(name for name in names if name not in EXACT)
+            first = tuple(itertools.takewhile(EXACT.__contains__, names))  # behind rrc a flip has to wait its turn
+            pixels = augment.shift_and_flip(pixels, {name: draws[name] for name in first})
+            names = names[len(first) :]
             if not names:
                 return pixels
         views = torch.empty((len(samples), 3, self.image_size, self.image_size), dtype=torch.uint8)
