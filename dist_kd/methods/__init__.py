@@ -13,12 +13,13 @@ class Row(NamedTuple):
     module: str  # file in this folder
     needs_teacher: bool
     settings: tuple[str, ...]  # fields of Config it takes, by name
+    parts: tuple[str, ...] = ()  # names of LossTerms.parts, in order: train/NAME in the metrics
     planned: str = ""  # why it is not there yet
 
 
 METHODS: dict[str, Row] = {
-    "ce": Row("ce", needs_teacher=False, settings=("label_smoothing",)),
-    "kd": Row("kd", needs_teacher=True, settings=("T", "w", "label_smoothing")),
+    "ce": Row("ce", needs_teacher=False, settings=("label_smoothing",), parts=("loss_ce",)),
+    "kd": Row("kd", needs_teacher=True, settings=("T", "w", "label_smoothing"), parts=("loss_ce", "loss_kd")),
     "overhaul": Row("", True, (), planned="the overhaul method (pre-ReLU features) is not built yet"),
 }
 

@@ -1,0 +1,192 @@
+"""The training loop. Constructs nothing and knows no model, method or data set by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_kd import checkpoint
+from dist_kd.checkpoint import Snapshot, TrainState
+from dist_kd.contracts import Tracker, TrainSource
+from dist_kd.ema import Average
+from dist_kd.errors import DivergedError
+from dist_kd.evaluation import Evaluator
+from dist_kd.meters import Meters
+from dist_kd.optimizer import set_lr
+from dist_kd.plan import Plan, due
+from dist_kd.runtime import Runtime, StopRequests
+
+
+@dataclass
+class Run:
+    """The wired objects of one run. Built by wiring.py, used by fit and nobody else."""
+
+    plan: Plan
+    seed: int
+    clip_norm: float | None
+    keep: int
+    folder: Path
+    runtime: Runtime
+    source: TrainSource
+    teacher: Callable[[torch.Tensor], Any]
+    student: nn.Module  # bare
+    method: nn.Module
+    learner: nn.Module  # student and method, as prepared for these processes
+    optimizer: Any  # as prepared
+    average: Average | None
+    evaluator: Evaluator
+    meters: Meters
+    tracker: Tracker
+    stop: StopRequests
+    state: TrainState
+    facts: dict[str, Any]  # saved with every checkpoint: layout, settings, fingerprint
+
+
+def seed_networks(seed: int, step: int, first_row: int) -> None:
+    """Dropout and drop-path of a micro-batch depend on its place in the run alone: no generator state is saved."""
+    mixed = (seed * 0x9E3779B97F4A7C15) ^ (step * 0xBF58476D1CE4E5B9) ^ (first_row * 0x94D049BB133111EB)
+    torch.manual_seed(mixed & (2**63 - 1))
+
+
+def fit(run: Run) -> str:
+    """Trains from run.state on; "done" or "preempted". At each boundary: log, evaluate, save, stop, then one step."""
+    state, plan = run.state, run.plan
+    batches = run.source.batches(state.step)
+    run.learner.train()
+    run.meters.restart_clock()
+    # a resumed state stands on disk already, and saving it again would only put it at risk
+    saved = (state.step, state.evaluated_at) if state.step else None
+    try:
+        while True:
+            improved = stopping = False
+            if plan.eval_due(state.step) and state.evaluated_at != state.step:
+                improved, stopping = _evaluate(run)
+            stopping = run.stop.agreed() or stopping
+            finished = state.step == plan.total_steps
+            wanted = improved or stopping or finished or due(state.step, plan.checkpoint_steps)
+            if wanted and saved != (state.step, state.evaluated_at):
+                _save(run)
+                saved = (state.step, state.evaluated_at)
+            if finished:
+                return "done"
+            if stopping:
+                return "preempted"
+            grad_norm = _train_step(run, batches)
+            if plan.log_due(state.step):
+                _log(run, grad_norm)
+    finally:
+        batches.close()
+        run.stop.settle()
+
+
+def _train_step(run: Run, batches) -> torch.Tensor | None:
+    """One optimizer update over the global batch; the gradient's norm if it was computed. No host sync."""
+    state, plan, clock = run.state, run.plan, run.meters.clock
+    accelerator = run.runtime.accelerator
+    set_lr(run.optimizer.param_groups, plan.lr_at(state.step))
+    for micro_step in range(plan.accum_steps):
+        last = micro_step == plan.accum_steps - 1
+        with clock.part("data"):
+            batch = next(batches)
+        with clock.part("teacher"):
+            teacher = run.teacher(batch.images)
+        with clock.part("student"):
+            seed_networks(run.seed, state.step, plan.first_row(run.runtime.world.rank, micro_step))
+            # gradients travel once per update, not once per micro-batch
+            with nullcontext() if last else accelerator.no_sync(run.learner):
+                terms = run.learner(batch, teacher)
+                accelerator.backward(terms.total / plan.accum_steps)
+        run.meters.add(terms, batch)
+    with clock.part("student"):
+        grad_norm = None
+        if run.clip_norm is not None or plan.log_due(state.step + 1):
+            limit = math.inf if run.clip_norm is None else run.clip_norm
+            grad_norm = accelerator.clip_grad_norm_(run.learner.parameters(), limit)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        if run.average is not None:
+            run.average.update(run.student, state.step)
+    state.skipped_steps += int(run.optimizer.step_was_skipped)  # fp16 only: Accelerate has read the scale already
+    state.step += 1
+    run.meters.step_done()
+    return grad_norm
+
+
+def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
+    """One line of training metrics: the only host sync between evaluations. All ranks take part in the sums."""
+    state, plan = run.state, run.plan
+    values = run.meters.drain(run.runtime.reduce_sum)
+    if not math.isfinite(values["train/loss"]):
+        raise DivergedError(
+            f"the training loss is `{values['train/loss']}` at step {state.step}: some update of the last "
+            f"{plan.log_steps} diverged; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from "
+            "the last checkpoint"
+        )
+    state.bad_samples += round(values["data/bad_samples"])
+    values |= {
+        "train/lr": plan.lr_at(state.step - 1),
+        "train/grad_norm": float(grad_norm),
+        "train/epoch": plan.epoch_at(state.step),
+        "train/samples": float(state.step * plan.global_batch),
+        "train/skipped_steps": float(state.skipped_steps),
+        "time/images_per_s": 1000 * plan.global_batch / values["time/step_ms"],
+        "data/bad_samples": float(state.bad_samples),
+    }
+    if run.runtime.device.type == "cuda":
+        values["time/memory_bytes"] = float(torch.cuda.max_memory_allocated(run.runtime.device))
+    scaler = run.runtime.accelerator.scaler
+    if scaler is not None:
+        values["train/scale"] = float(scaler.get_scale())
+    run.tracker.log(values, state.step)
+    run.meters.restart_clock()
+
+
+def _evaluate(run: Run) -> tuple[bool, bool]:
+    """Scores the student; (whether it is the best so far, whether a stop request ended it early)."""
+    state = run.state
+    network = run.student if run.average is None else run.average.network
+    run.runtime.broadcast_buffers(network)
+    network.eval()
+    scores = run.evaluator.score(network)
+    run.student.train()
+    run.meters.restart_clock()
+    if not scores.complete:
+        return False, True  # evaluated_at stays: the resumed run makes up for it
+    values = scores.values("val") | {"val/epoch": run.plan.epoch_at(state.step), "val/seconds": scores.seconds}
+    state.evaluated_at = state.step
+    state.evaluations += 1
+    state.last = {k.removeprefix("val/"): v for k, v in values.items()} | {"step": state.step}
+    improved = values["val/top1"] > state.best_top1
+    if improved:
+        state.best_top1, state.best_step, state.best = values["val/top1"], state.step, dict(state.last)
+    run.tracker.log(values, state.step, kind="val")
+    return improved, False
+
+
+def snapshot(run: Run) -> Snapshot:
+    """What a checkpoint holds now. Rank 0's buffers are the run's. Sums of all ranks stand in one place."""
+    accelerator = run.runtime.accelerator
+    run.state.meter_sums = run.runtime.reduce_sum(run.meters.state()).tolist()
+    tensors = {"model": run.student.state_dict()}
+    if any(True for _ in run.method.state_dict()):
+        tensors["method"] = run.method.state_dict()
+    if run.average is not None:
+        tensors["ema"] = run.average.network.state_dict()
+    optimizer = {"optimizer": run.optimizer.state_dict()}
+    if accelerator.scaler is not None:
+        optimizer["scaler"] = accelerator.scaler.state_dict()
+    return Snapshot(TrainState(**asdict(run.state)), tensors, optimizer, run.facts)
+
+
+def _save(run: Run) -> None:
+    """One checkpoint, written by rank 0 while the others wait; an error there is everybody's error."""
+    content = snapshot(run)
+    run.runtime.on_main(lambda: str(checkpoint.save(run.folder, content, keep=run.keep)))
+    run.meters.restart_clock()

@@ -1,0 +1,192 @@
+"""What a run says at its start and leaves at its end: header, summary.json, compression.json, student/, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_kd import compression, models
+from dist_kd.config import Config
+from dist_kd.evaluation import Scores
+from dist_kd.loop import Run
+from dist_kd.report import write_report
+from dist_kd.run_folder import RunFolder, versions
+from dist_kd.tracking.jsonl import read_metrics
+
+
+def cpu_name() -> str:
+    """The processor's model, or the architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def network_line(role: str, spec, parameters: int) -> str:
+    return (
+        f"{role:<9}{spec.arch}, weights {spec.weights}, {parameters:,} parameters, {spec.num_classes} classes, "
+        f"{spec.image_size} px"
+    )
+
+
+def header(
+    config: Config, run: Run, layout: dict[str, Any], data_lines: list[str], teacher_parameters: int
+) -> Iterator[str]:
+    """The first lines of a run: every number that was derived, with the chosen ones it came from."""
+    runtime, plan = run.runtime, run.plan
+    yield f"device   {runtime.device}, {runtime.world.world_size} process(es), precision {runtime.precision} " + (
+        f"({runtime.precision_origin})"
+    )
+    yield from data_lines
+    yield network_line("student", run.student.spec, sum(p.numel() for p in run.student.parameters()))
+    if run.teacher.spec is not None:
+        yield network_line("teacher", run.teacher.spec, teacher_parameters)
+        for note in run.teacher.notes:
+            yield f"         {note}"
+    yield f"loss     {run.method.formula}"
+    yield (
+        f"batch    {plan.global_batch} global = {runtime.world.world_size} process(es) x {plan.accum_steps} "
+        f"accumulated x {plan.micro_batch} on one device (batch norm works over {plan.micro_batch})"
+    )
+    yield (
+        f"plan     {plan.total_steps} steps = {plan.epoch_at(plan.total_steps):.4g} epochs of {plan.steps_per_epoch}; "
+        f"{config.optimizer}, lr {plan.peak_lr:g} {plan.schedule}, warm-up {plan.warmup_steps} steps"
+    )
+    yield f"order    streams {layout['streams']}, window {layout['window']}, seed {config.seed}"
+
+
+def teacher_line(spec, scores: Scores) -> str:
+    n = scores.samples
+    return (
+        f"teacher  {spec.arch} on {n} validation samples: top-1 {scores.top1_hits}/{n} = "
+        f"{100 * scores.top1_hits / max(1, n):.2f} %, top-5 {scores.top5_hits}/{n} = "
+        f"{100 * scores.top5_hits / max(1, n):.2f} %, {spec.num_classes} classes"
+    )
+
+
+def _timing(folder: RunFolder, seconds: float) -> dict[str, float]:
+    """Means over the log points of training, weighted equally; shares of the step's time in percent."""
+    lines = [m for m in read_metrics(folder.metrics) if m.get("kind") == "train"]
+    timing = {"total_s": seconds}
+    if not lines:
+        return timing
+    names = ("step_ms", "data_ms", "teacher_ms", "student_ms", "other_ms")
+    means = {n: sum(m.get(f"time/{n}", 0.0) for m in lines) / len(lines) for n in names}
+    timing |= means
+    for name in names[1:]:
+        timing[name.replace("_ms", "_share")] = 100 * means[name] / means["step_ms"] if means["step_ms"] else 0.0
+    timing["images_per_s"] = sum(m.get("time/images_per_s", 0.0) for m in lines) / len(lines)
+    return timing
+
+
+def summary(run: Run, teacher: tuple[Any, Scores] | None, folder: RunFolder, seconds: float) -> dict[str, Any]:
+    """summary.json: the last evaluation is the result; the best is named as what it is."""
+    state = run.state
+    best = state.best | {"evaluations": state.evaluations, "note": "chosen on the validation set by its own top-1"}
+    student = {"arch": run.student.spec.arch, "last": state.last, "best": best, "averaged": run.average is not None}
+    result: dict[str, Any] = {"student": student, "teacher": None, "formula": run.method.formula}
+    if teacher is not None:
+        spec, scores = teacher
+        values = {k.removeprefix("teacher/"): v for k, v in scores.values("teacher").items()}
+        result["teacher"] = {"arch": spec.arch, "weights": spec.weights, **values}
+    counters = run.source.counters
+    result["skipped"] = {
+        "left_out_per_epoch": run.facts["layout"]["left_out"],
+        "bad_samples": dict(counters.bad),
+        "bad_samples_total": state.bad_samples,
+        "retries": counters.retries,
+        "skipped_steps": state.skipped_steps,
+    }
+    result["plan"] = dataclasses.asdict(run.plan)
+    result["layout"] = run.facts["layout"]
+    result["timing"] = _timing(folder, seconds)
+    return result
+
+
+CARD = """---
+library_name: {library}
+pipeline_tag: image-classification
+tags: [image-classification, knowledge-distillation]
+---
+# {arch}, trained with dist_kd
+
+{formula}
+
+| | top-1 % | top-5 % | parameters |
+|---|---|---|---|
+{rows}
+
+Top-1 and top-5 are of the last evaluation, on {samples} validation samples of `{data}`. {teacher_note}
+
+## How to load
+```python
+from dist_kd import models
+network = models.load("FOLDER")
+# images [B, 3, {size}, {size}], scaled to 0..1, then normalized with network.spec.mean and network.spec.std
+logits = network.eval()(images).logits
+```
+
+## Settings
+{settings}
+
+Made with: {versions}
+"""
+
+
+def model_card(config: Config, result: dict[str, Any], network, data_name: str, teacher_parameters: int) -> str:
+    """README.md of student/: what it is, what it scores, how to load it."""
+    last, teacher, spec = result["student"]["last"], result["teacher"], network.spec
+    own = sum(p.numel() for p in network.parameters())
+    rows = [f"| student `{spec.arch}` | {last['top1']:.2f} | {last['top5']:.2f} | {own:,} |"]
+    note = "It was trained from labels alone."
+    if teacher:
+        rows.append(
+            f"| teacher `{teacher['arch']}` | {teacher['top1']:.2f} | {teacher['top5']:.2f} | {teacher_parameters:,} |"
+        )
+        note = f"The teacher's weights are `{teacher['weights']}`; their licence applies to them, not to this file."
+    settings = "\n".join(f"- `{k}`: {v}" for k, v in config.result_settings().items())
+    return CARD.format(
+        library="timm" if spec.arch.startswith("timm/") else "dist_kd",
+        arch=spec.arch,
+        formula=result["formula"],
+        rows="\n".join(rows),
+        samples=int(last["samples"]),
+        data=data_name,
+        teacher_note=note,
+        size=spec.image_size,
+        settings=settings,
+        versions=", ".join(f"{k} {v}" for k, v in versions().items()),
+    )
+
+
+def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], seconds: float) -> None:
+    """Writes what a finished run leaves behind. Rank 0 only."""
+    result = summary(run, built["teacher"], folder, seconds)
+    folder.write("summary.json", result)
+    network = run.student if run.average is None else run.average.network
+    evaluation = {
+        "image_size": network.spec.image_size,
+        "mixed_precision": run.runtime.precision,
+        "device_batch_size": config.device_batch_size,
+        "channels_last": config.channels_last,
+    }
+    card = model_card(config, result, network, built["train"].spec.name, built["teacher_parameters"])
+    models.save_student(
+        network, folder.path / "student", classes=built["train"].classes, card=card, extra={"evaluation": evaluation}
+    )
+    size, classes = network.spec.image_size, network.spec.num_classes
+    student = models.build(network.spec.arch, classes, "none", image_size=size)
+    if run.teacher.spec is None:
+        table = {"student": compression.measure(student, size)}
+    else:
+        spec = run.teacher.spec
+        table = compression.compare(models.build(spec.arch, spec.num_classes, "none"), student, size)
+    folder.write("compression.json", table)
+    run.runtime.say(compression.table(table))
+    run.tracker.summary(result)
+    write_report([folder.path], folder.path / "report.html")
+    run.runtime.say(f"run      {folder.path}: student/, summary.json, compression.json, report.html")

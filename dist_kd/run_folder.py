@@ -1,0 +1,84 @@
+"""A run's folder: who the run is (run.json), what was asked (config.yaml), how it stands (status.json), what came out.
+
+Written by rank 0 only. Checkpoints are checkpoint.py's, metrics tracking's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dist_kd.checkpoint import write_atomically
+from dist_kd.errors import CheckpointError
+
+PACKAGES = ("dist-kd", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result may depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> dict[str, Any]:
+    """Revision of this code and whether it has changes; empty outside a checkout."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        return {"revision": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+class RunFolder:
+    """The folder of one run, made or found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, or {} if it is not there."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"`{self.path / name}` is not valid JSON ({error}); restore it, or give another --save_path"
+            ) from error
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
+
+    def status(self, state: str, **facts: Any) -> None:
+        """running | done | preempted | failed: the truth, since launchers hide exit codes."""
+        self.write("status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+
+    def record_start(self, *, step: int, facts: dict[str, Any], start: dict[str, Any]) -> str:
+        """Adds this start to run.json; the run's id, the same over all starts and in W&B."""
+        run = self.read("run.json")
+        run.setdefault("run_id", uuid.uuid4().hex[:12])
+        run.setdefault("name", self.path.name)
+        run.setdefault("created", time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        run.update(facts, versions=versions(), git=git_revision())
+        run.setdefault("starts", []).append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, **start})
+        self.write("run.json", run)
+        return run["run_id"]

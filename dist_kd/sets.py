@@ -1,0 +1,103 @@
+"""Data sets as a run uses them: which shards --data means, whether they fit memory, and the exact evaluator of a set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from dist_kd.config import Config
+from dist_kd.contracts import NetworkSpec
+from dist_kd.data import memory, sources
+from dist_kd.data.index import Index, open_data
+from dist_kd.data.loader import EvalLoader
+from dist_kd.data.order import Order
+from dist_kd.data.pack import split_folder
+from dist_kd.data.views import EvalView, TrainView
+from dist_kd.errors import ConfigError
+from dist_kd.evaluation import Evaluator
+from dist_kd.runtime import Runtime
+
+MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels kept in memory without being asked
+
+
+def open_split(where: str, split: str) -> Index | None:
+    """The index of one split of `where`: a known set, a folder with train/ and val/, shards, or a pattern."""
+    known = sources.ensure_known(where)
+    folder = split_folder(str(known or where), split)
+    return None if folder is None else open_data(folder)
+
+
+def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
+    """Training and validation index. Rank 0 goes first: it may have to pack or index."""
+
+    def opened() -> tuple[Index, Index]:
+        train = open_split(config.data, "train")
+        val = open_split(config.val_data or config.data, "val")
+        if val is None and config.val_data:
+            val = open_data(config.val_data)
+        if val is None:
+            raise ConfigError(
+                f"--data `{config.data}` has no folder `val`; give --val-data, or pack it with "
+                "`dist-kd pack SOURCE DEST --val-fraction 0.1`"
+            )
+        if train.classes != val.classes:
+            raise ConfigError(
+                f"--data has {len(train.classes)} classes and --val-data {len(val.classes)}, or in another order; "
+                "pack both with the same --class-list"
+            )
+        return train, val
+
+    runtime.on_main(lambda: opened() and None)
+    return opened()
+
+
+def keep_in_memory(config: Config, index: Index) -> bool:
+    return memory.fits(index, MEMORY_BUDGET) if config.in_memory is None else config.in_memory
+
+
+def data_lines(config: Config, train: Index, val: Index, order: Order, view: TrainView) -> list[str]:
+    """What the header says of the data."""
+    mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
+    where = (
+        "in memory" if keep_in_memory(config, train) else f"{len(train.shards)} shard(s), {config.workers} worker(s)"
+    )
+    return [
+        f"data     {train.spec.name}: {train.spec.num_samples:,} training samples, {train.spec.num_classes} classes, "
+        f"{where}; {order.left_out} left out per epoch, others each time",
+        f"         {val.spec.num_samples:,} validation samples; augmentation {view.augment}{mixed}",
+    ]
+
+
+def make_evaluator(
+    config: Config,
+    runtime: Runtime,
+    index: Index,
+    spec: NetworkSpec,
+    stopped: Callable[[], bool] = lambda: False,
+    limit: int | None = None,
+) -> Evaluator:
+    """The exact evaluator of `index` with the view and constants of the network `spec`."""
+    loader = EvalLoader(
+        index,
+        EvalView(spec.image_size, spec.crop_pct, spec.interpolation),
+        world=runtime.world,
+        batch_size=config.device_batch_size,
+        device=runtime.device,
+        mean=spec.mean,
+        std=spec.std,
+        workers=config.workers,
+        in_memory=keep_in_memory(config, index),
+        channels_last=config.channels_last,
+        timeout_s=config.loader_timeout,
+        limit=limit,
+    )
+    batches = math.ceil(loader.num_samples / config.device_batch_size)
+    return Evaluator(
+        loader,
+        device=runtime.device,
+        rounds=math.ceil(batches / runtime.world.world_size),
+        autocast=runtime.autocast,
+        reduce_sum=runtime.reduce_sum,
+        reduce_max=runtime.reduce_max,
+        stopped=stopped,
+    )

@@ -1,0 +1,294 @@
+"""Config -> Run: the one place that knows every room. Reads top to bottom: processes, data, networks, plan, run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_kd import models, results
+from dist_kd.checkpoint import TrainState
+from dist_kd.cli import Parsed, config_yaml
+from dist_kd.config import Config
+from dist_kd.contracts import World
+from dist_kd.data.index import Index
+from dist_kd.data.loader import TrainLoader
+from dist_kd.data.mix import Mix
+from dist_kd.data.order import Order, choose_layout
+from dist_kd.data.views import TrainView
+from dist_kd.ema import Average
+from dist_kd.errors import DistKDError
+from dist_kd.evaluation import Evaluator, Scores
+from dist_kd.learner import Learner
+from dist_kd.loop import Run, fit
+from dist_kd.meters import Meters
+from dist_kd.methods import METHODS, build_method
+from dist_kd.optimizer import make_optimizer
+from dist_kd.plan import make_plan
+from dist_kd.resume import Start, check_same_run, find_start, restore
+from dist_kd.run_folder import RunFolder
+from dist_kd.runtime import Runtime, StopRequests, start_runtime
+from dist_kd.sets import data_lines, keep_in_memory, make_evaluator, open_sets
+from dist_kd.teacher import NoTeacher, Teacher
+from dist_kd.tracking import NullTracker, open_tracker
+from dist_kd.tracking.jsonl import cut_back
+
+EXIT_PREEMPTED = 75
+
+# -------------------------------------------------------------------------------------------- networks
+
+
+def build_student(config: Config, num_classes: int):
+    """The student under its own seed, with the image size of this run in its spec."""
+    torch.manual_seed(config.seed)
+    network = models.build(
+        config.arch, num_classes, config.student_weights, role="student", image_size=config.image_size
+    )
+    network.spec = dataclasses.replace(network.spec, image_size=config.image_size or network.spec.image_size)
+    return network
+
+
+def build_teacher(config: Config, num_classes: int):
+    """The plain teacher network, or None if the method needs none."""
+    if not METHODS[config.method].needs_teacher:
+        return None
+    torch.manual_seed(config.seed + 1)
+    return models.build(config.teacher_arch, num_classes, config.teacher_weights, role="teacher")
+
+
+# ------------------------------------------------------------------------------------------------- run
+
+
+def score_teacher(
+    config: Config, runtime: Runtime, teacher: Teacher, evaluator: Evaluator, index: Index, spec, stopped
+) -> Scores:
+    """The teacher on the validation set before step 1, through the student's own view; remembers its answers."""
+    if config.teacher_eval_samples >= index.spec.num_samples:
+        return evaluator.score(teacher, remember=True)
+    sample = make_evaluator(config, runtime, index, spec, stopped, limit=config.teacher_eval_samples)
+    scores = sample.score(teacher, remember=True)
+    evaluator.share_answers(sample)
+    return scores
+
+
+def teacher_warning(scores: Scores, num_classes: int) -> str | None:
+    """A loud sentence if the teacher is no better than guessing."""
+    top1, chance = 100 * scores.top1_hits / max(1, scores.samples), 100 / num_classes
+    noise = 300 * math.sqrt(chance / 100 * (1 - chance / 100) / max(1, scores.samples))  # three standard errors
+    if top1 > chance + noise:
+        return None
+    return (
+        f"WARNING: the teacher is at chance level: top-1 {top1:.2f} % on {scores.samples} validation samples, "
+        f"guessing gives {chance:.2f} %; the student can learn nothing from it. Check --teacher-weights and the "
+        "order of classes (--class-list of dist-kd pack)"
+    )
+
+
+def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run, dict[str, Any]]:
+    """The wired run, restored if there is something to resume, and the teacher's scores for the summary."""
+    config, say = parsed.config, runtime.say
+    train, val = open_sets(config, runtime)
+    plan = make_plan(config, runtime.world.world_size, train.spec.num_samples)
+    start = find_start(config, folder, runtime)
+    streams, window = (
+        (start.facts["layout"]["streams"], start.facts["layout"]["window"])
+        if start.checkpoint
+        else choose_layout(train.spec.shard_sizes, config.batch_size, local=True)
+    )
+    order = Order(train.spec.shard_sizes, config.batch_size, config.seed, streams, window)
+    layout = {
+        "streams": streams,
+        "window": window,
+        "world_size": runtime.world.world_size,
+        "micro_batch": plan.micro_batch,
+        "left_out": order.left_out,
+    }
+    settings = config.result_settings() | {"mixed_precision": runtime.precision}
+    facts = {"layout": layout, "settings": settings, "data": train.spec.fingerprint}
+    check_same_run(config, start, facts)
+
+    network = build_student(config, train.spec.num_classes)
+    student_spec = network.spec
+    student = network.to(runtime.device)
+    if config.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    plain_teacher = build_teacher(config, train.spec.num_classes)
+    teacher: Any = NoTeacher()
+    if plain_teacher is not None:
+        teacher = Teacher(
+            plain_teacher,
+            student_spec,
+            image_size=student_spec.image_size,
+            precision=runtime.precision,
+            device=runtime.device,
+            channels_last=config.channels_last,
+            compiled=config.compile,
+        )
+    settings_of = METHODS[config.method].settings
+    method = build_method(config.method, **{k: getattr(config, k) for k in settings_of}).to(runtime.device)
+    average = Average(student, config.ema_decay) if config.ema_decay else None
+    learner = Learner(student, method)
+    bare_optimizer = make_optimizer(config, learner)
+    if config.compile:
+        student.net.compile()
+    prepared, optimizer = runtime.prepare(learner, bare_optimizer)
+
+    stop = StopRequests(runtime, folder.path, config.time_limit)
+    stop.install()
+    evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
+    view = TrainView(config.augment or train.spec.augment, student_spec.image_size, config.seed)
+    mixed = config.mixup or config.cutmix
+    source = TrainLoader(
+        train,
+        order,
+        view,
+        world=runtime.world,
+        micro_batch=plan.micro_batch,
+        device=runtime.device,
+        mean=student_spec.mean,
+        std=student_spec.std,
+        workers=config.workers,
+        in_memory=keep_in_memory(config, train),
+        mix=Mix(config.mixup, config.cutmix, config.seed, train.spec.num_classes) if mixed else None,
+        channels_last=config.channels_last,
+        timeout_s=config.loader_timeout,
+    )
+    run = Run(
+        plan=plan,
+        seed=config.seed,
+        clip_norm=config.clip_norm,
+        keep=config.keep,
+        folder=folder.checkpoints,
+        runtime=runtime,
+        source=source,
+        teacher=teacher,
+        student=student,
+        method=method,
+        learner=prepared,
+        optimizer=optimizer,
+        average=average,
+        evaluator=evaluator,
+        meters=Meters(runtime.device, METHODS[config.method].parts),
+        tracker=NullTracker(),
+        stop=stop,
+        state=TrainState(),
+        facts=facts,
+    )
+    if start.checkpoint is not None:
+        restore(run, start)
+    teacher_parameters = sum(p.numel() for p in plain_teacher.parameters()) if plain_teacher else 0
+    for line in results.header(config, run, layout, data_lines(config, train, val, order, view), teacher_parameters):
+        say(line)
+    run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, train, val, start))
+    if runtime.world.is_main:
+        if stop.remove_stale_file():
+            say("removed a STOP file older than this start")
+        cut_back(folder.metrics, run.state.step)
+        run.tracker = open_tracker(
+            folder.path,
+            run_id=run_id,
+            name=folder.path.name,
+            settings=config.model_dump(mode="json"),
+            total_steps=plan.total_steps,
+            wandb=config.wandb,
+            wandb_project=config.wandb_project,
+            tensorboard=config.tensorboard,
+            resumed_step=run.state.step if start.checkpoint else None,
+        )
+    scores = None
+    if plain_teacher is not None:
+        scores = score_teacher(config, runtime, teacher, evaluator, val, student_spec, stop.agreed)
+        if scores.complete:
+            values = scores.values("teacher")
+            say(results.teacher_line(teacher.spec, scores))
+            warning = teacher_warning(scores, train.spec.num_classes)
+            if warning:
+                say(warning)
+            if run.state.step == 0:
+                run.tracker.log(values | {"teacher/classes": float(teacher.spec.num_classes)}, 0, kind="teacher")
+    scored = (teacher.spec, scores) if scores is not None else None
+    return run, {"teacher": scored, "teacher_parameters": teacher_parameters, "train": train}
+
+
+def _record(
+    parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, train: Index, val: Index, start: Start
+) -> str:
+    (folder.path / "config.yaml").write_text(config_yaml(parsed))
+    facts = {
+        "parameters": sum(p.numel() for p in run.student.parameters()),
+        "data": {
+            split: {
+                "name": index.spec.name,
+                "samples": index.spec.num_samples,
+                "classes": index.spec.num_classes,
+                "fingerprint": index.spec.fingerprint,
+            }
+            for split, index in (("train", train), ("val", val))
+        },
+    }
+    device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else results.cpu_name()
+    this = {
+        "world_size": runtime.world.world_size,
+        "device": device,
+        "precision": runtime.precision,
+        "threads": torch.get_num_threads(),
+        "from": str(start.checkpoint) if start.checkpoint else None,
+    }
+    folder.status("running", step=run.state.step, total_steps=run.plan.total_steps)
+    return folder.record_start(step=run.state.step, facts=facts, start=this)
+
+
+def launched() -> bool:
+    """Whether a launcher started this process: it would report any exit code but 0 as a crash."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def run_training(parsed: Parsed) -> int:
+    """Trains as `parsed` says; the process's exit code. Every way to end is in status.json."""
+    config = parsed.config
+    started = time.monotonic()
+    runtime = start_runtime(config)
+    folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
+    runtime.on_main(lambda: folder.path.mkdir(parents=True, exist_ok=True))
+    run: Run | None = None
+    try:
+        run, built = build_run(parsed, runtime, folder)
+        outcome = fit(run)
+        if outcome == "done":
+            runtime.on_main(lambda: results.finish(config, folder, run, built, time.monotonic() - started))
+        else:
+            runtime.say(f"stopped at step {run.state.step} ({run.stop.reason}); the same command goes on from there")
+            run.stop.obeyed()
+        run.tracker.close(outcome)
+        if runtime.world.is_main:
+            facts = {"step": run.state.step, "total_steps": run.plan.total_steps, "message": run.stop.reason or ""}
+            folder.status(outcome, **facts)
+        runtime.barrier()
+        runtime.close()
+    except BaseException as error:
+        _record_failure(runtime.world, folder, run, error)
+        raise
+    finally:
+        if run is not None:
+            run.source.close()
+            run.stop.uninstall()
+    return EXIT_PREEMPTED if outcome == "preempted" and not launched() else 0
+
+
+def _record_failure(world: World, folder: RunFolder, run: Run | None, error: BaseException) -> None:
+    """status.json says why, whatever the launcher makes of the exit code."""
+    if not world.is_main:
+        return
+    kind = error.kind if isinstance(error, DistKDError) else "crash"
+    message = str(error) or type(error).__name__
+    step = run.state.step if run else None
+    # a refused start must not overwrite the status of the run that stands in this folder
+    if run is not None or not (folder.path / "status.json").exists():
+        folder.status("failed", step=step, kind=kind, message=message)
+    if run is not None:
+        run.tracker.close("failed")
