@@ -31,7 +31,7 @@ DEFAULT_LR: dict[str, float] = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmspro
 class Config(BaseModel):
     """Train a student, with or without a teacher."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # data
     data: str | None = setting(

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dist_kd.cli import files, help_page
-from dist_kd.cli.exits import ended, is_speaker
+from dist_kd.cli.exits import UsageError, ended, is_speaker
 from dist_kd.cli.flags import scan
-from dist_kd.cli.names import FIELDS, Given, flag, nearest, shown
-from dist_kd.cli.rules import clashes, convert, named
+from dist_kd.cli.names import FIELDS, Given, nearest, shown
+from dist_kd.cli.rules import clashes, convert
 from dist_kd.config import Config
-from dist_kd.errors import ConfigError
 
-__all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "nearest", "parse"]
+__all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "nearest", "parse", "shown"]
 
 DATA_VARIABLE = "DIST_KD_DATA"
 
@@ -33,7 +32,7 @@ class Parsed(NamedTuple):
 def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data: bool = True) -> Parsed:
     """The settings that `argv` and the files it names ask for.
 
-    Raises ConfigError with one line per problem, all at once. `--help` and `--print-config` print (on rank 0) and
+    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help` and `--print-config` print (on rank 0) and
     raise SystemExit(0).
     """
     found = scan(list(argv))
@@ -54,7 +53,7 @@ def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data:
     if require_data and not found.print_config and config.data is None and "data" not in merged.bad:
         problems.append(explain_missing_data())
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise UsageError("\n".join(problems))
     parsed = Parsed(config, merged.origins())
     if found.print_config:
         _print_and_leave(config_yaml(parsed))
@@ -115,10 +114,9 @@ class _Merged:
     def check(self, config: Config) -> list[str]:
         by = {name: item for name, item in self.by.items() if name not in self.bad}
         problems = []
-        for field, problem in [*named(config, by), *clashes(config, by)]:
-            key, origin = (by[field].key, by[field].origin) if field in by else (flag(field), "default")
-            value = shown(getattr(config, field) if field in by else None)
-            problems.append(f"{key}: {problem} (got {value} from {origin})")
+        for field, problem in clashes(config, by, self.bad):
+            item = by[field]
+            problems.append(f"{item.key}: {problem} (got {shown(getattr(config, field))} from {item.origin})")
         return problems
 
 

@@ -12,19 +12,23 @@ INTERRUPTED = 130  # as shells report a death by SIGINT
 CLOSED_PIPE = 141  # and by SIGPIPE: `dist-kd report | head`
 
 
+class UsageError(ConfigError):
+    """A command line that cannot work: all processes read the same one, so that only rank 0 says it."""
+
+
 def is_speaker() -> bool:
     """Whether this process prints what all of them know alike: rank 0, or a process started alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def ended(call: Callable[[], int | None], *, alike: bool = False) -> int:
-    """The exit code of `call()`. `alike`: every rank fails the same way, so that only rank 0 says it."""
+def ended(call: Callable[[], int | None]) -> int:
+    """The exit code of `call()`, after saying on stderr what went wrong, if anything did."""
     try:
         code = call() or 0
         sys.stdout.flush()  # a closed pipe shows itself here, not after our last line
         return code
     except DistKDError as error:
-        if _speaks(error, alike):
+        if _speaks(error):
             print(_message(error), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -34,8 +38,8 @@ def ended(call: Callable[[], int | None], *, alike: bool = False) -> int:
         return CLOSED_PIPE
 
 
-def _speaks(error: DistKDError, alike: bool) -> bool:
-    if alike:
+def _speaks(error: DistKDError) -> bool:
+    if isinstance(error, UsageError):
         return is_speaker()
     # a setting fails alike on a node, but perhaps on one node only (a missing file): one voice a node
     return not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from dist_kd.cli.names import FIELDS, Given, choices, is_optional, is_switch, kinds, nearest, shown, takes_none
+from dist_kd.cli.names import Given, choices, is_optional, is_switch, kinds, nearest, shown, takes_none
 from dist_kd.config import Config
 from dist_kd.errors import ConfigError
 from dist_kd.methods import METHODS
@@ -40,102 +40,103 @@ def convert(item: Given) -> tuple[Any, str | None]:
         rule += ", and cannot be empty"
     elif not (isinstance(value, bool) and not is_switch(field)):  # pydantic would take true for 1
         try:
-            return getattr(Config.model_validate({field: value}), field), None
+            value = getattr(Config.model_validate({field: value}), field)
+            return NAMES[field](value, item.origin) if field in NAMES else value, None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             rule = WORDS.get(first["type"], rule).format(**first.get("ctx", {}))
-            near = nearest(str(value), choices(field)) if first["type"] == "literal_error" else None
-            return (
-                None,
-                f"{item.key}: {rule}, got {shown(value)} ({item.origin}){f'; did you mean {near}?' if near else ''}",
-            )
+            if first["type"] == "literal_error" and (near := nearest(str(value), choices(field))):
+                return None, f"{item.key}: {rule}, got {shown(value)} ({item.origin}); did you mean {near}?"
+        except ConfigError as error:
+            return None, f"{item.key}: {error}"
     return None, f"{item.key}: {rule}, got {shown(value)} ({item.origin})"
 
 
-def named(config: Config, by: Mapping[str, Given]) -> Iterator[tuple[str, str]]:
-    """(field, problem) for every name that nothing answers to. Networks and augmentations are asked, not built.
+def _network(name: str, origin: str) -> str:
+    # asked when somebody names one: the room is torch-free only as long as nothing is built
+    return importlib.import_module("dist_kd.models").resolve(name, origin)
 
-    `by` says who gave which field; fields nobody gave are at their defaults, which are right.
-    """
-    row = METHODS.get(config.method)
+
+def _augment(text: str, origin: str) -> str:
+    try:
+        return "+".join(importlib.import_module("dist_kd.data.views").check_augment(text)) or "none"
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({origin})") from None
+
+
+def _method(name: str, origin: str) -> str:
+    row = METHODS.get(name)
     if row is None or row.planned:
-        usable = [name for name, other in METHODS.items() if not other.planned]
-        near = nearest(config.method, usable)
-        rule = row.planned if row else "is not a method" + (f"; did you mean {near}?" if near else "")
-        yield "method", f"{rule}; there are: {', '.join(usable)}"
-    asked = {"arch": ("dist_kd.models", "resolve"), "augment": ("dist_kd.data.views", "check_augment")}
-    if row and row.needs_teacher:
-        asked["teacher_arch"] = asked["arch"]
-    for field, (module, name) in asked.items():
-        if field in by and getattr(config, field) is not None:
-            try:
-                getattr(importlib.import_module(module), name)(getattr(config, field))
-            except ConfigError as error:
-                yield field, str(error)
+        usable = [other for other in METHODS if not METHODS[other].planned]
+        near = nearest(name, usable)
+        rule = row.planned if row else "there is no such method" + (f"; did you mean {near}?" if near else "")
+        raise ConfigError(f"{rule}, got {shown(name)} ({origin}); choose from {', '.join(usable)}")
+    return name
 
 
-def clashes(config: Config, by: Mapping[str, Given]) -> Iterator[tuple[str, str]]:
+# names are resolved here, to their one canonical spelling: `efficientnet-b0` and `efficientnet_b0` are one run
+NAMES: dict[str, Callable[[str, str], str]] = {
+    "arch": _network,
+    "teacher_arch": _network,
+    "augment": _augment,
+    "method": _method,
+}
+
+
+def clashes(config: Config, by: Mapping[str, Given], bad: Container[str]) -> Iterator[tuple[str, str]]:
     """(field, what is wrong) for settings that cannot go together, and for flags without effect.
 
+    `by` says who gave a field; rules that ask a `bad` field, whose value could not be understood, are left out.
     A flag that changes nothing is refused, because its author believes that it does. A file may hold settings that
     another choice makes idle: a preset's `T` beside `--no-kd` is what makes its plain twin one word away.
     """
     for field in by:
-        if by[field].origin.startswith("flag "):
-            for condition, why in IDLE.get(field, ()):
-                if condition(config):
-                    yield field, "has no effect " + (why(config, by) if callable(why) else why)
-    for fields, condition, why in IMPOSSIBLE:
+        idle = IDLE.get(field)
+        if idle and by[field].origin.startswith("flag ") and idle.on not in bad and idle.when(config):
+            yield field, f"has no effect {idle.why(config, by) if callable(idle.why) else idle.why}"
+    for fields, when, why in IMPOSSIBLE:
         first = next((field for field in fields if field in by), None)
-        if first and condition(config):
-            yield first, why.format(**{name: getattr(config, name) for name in FIELDS})
-
-
-def _without_teacher(config: Config) -> bool:
-    row = METHODS.get(config.method)
-    return row is not None and not row.planned and not row.needs_teacher
-
-
-def _not_taken(field: str) -> Callable[[Config], bool]:
-    def condition(config: Config) -> bool:
-        row = METHODS.get(config.method)
-        return row is not None and not row.planned and field not in row.settings
-
-    return condition
+        if first and not any(field in bad for field in fields) and when(config):
+            yield first, why.format(**dict(config))
 
 
 def _method_remedy(config: Config, by: Mapping[str, Given]) -> str:
-    method = f"with the method `{config.method}`"
     giver = by.get("method")
-    if giver and giver.origin.startswith("flag "):
-        return f"{method} ({giver.origin}); leave out one of the two"
-    return f"{method} ({giver.origin if giver else 'default'}); add --kd"
+    origin = giver.origin if giver else "default"
+    remedy = "leave out one of the two" if origin.startswith("flag ") else "add --kd"
+    return f"with the method `{config.method}` ({origin}); {remedy}"
 
 
-Reason = str | Callable[[Config, Mapping[str, Given]], str]
+class Idle(NamedTuple):
+    """When a flag changes nothing: which other field decides it, the condition, why and what to do."""
 
-# flag -> (when it is idle, why and what to do)
-IDLE: dict[str, list[tuple[Callable[[Config], bool], Reason]]] = {
-    "teacher_arch": [(_without_teacher, _method_remedy)],
-    "teacher_weights": [(_without_teacher, _method_remedy)],
-    "teacher_eval_samples": [(_without_teacher, _method_remedy)],
-    **{
-        field: [(_not_taken(field), _method_remedy)]
-        for field in dict.fromkeys(name for row in METHODS.values() for name in row.settings)
-    },
-    "epochs": [(lambda c: c.max_steps is not None, "beside --max-steps, which ends the training; keep one of the two")],
-    "lr_step_epochs": [
-        (lambda c: c.schedule not in ("step", "restarts"), "unless with --schedule step or --schedule restarts")
-    ],
-    "lr_gamma": [
-        (lambda c: c.schedule not in ("step", "restarts"), "unless with --schedule step or --schedule restarts")
-    ],
-    "lr_floor": [
-        (lambda c: c.schedule not in ("cosine", "restarts"), "unless with --schedule cosine or --schedule restarts")
-    ],
-    "wandb_project": [(lambda c: not c.wandb, "without --wandb; add it")],
-    "allow_changes": [(lambda c: c.allow_changes and c.resume == "never", "with --resume never; leave out one")],
-    "loader_timeout": [(lambda c: c.workers == 0, "with --workers 0, where nothing is waited for; leave it out")],
+    on: str
+    when: Callable[[Config], bool]
+    why: str | Callable[[Config, Mapping[str, Given]], str]
+
+
+def _unless(*schedules: str) -> Idle:
+    remedy = " or ".join(f"--schedule {name}" for name in schedules)
+    return Idle("schedule", lambda c: c.schedule not in schedules, f"unless with {remedy}")
+
+
+NO_TEACHER = Idle("method", lambda c: not METHODS[c.method].needs_teacher, _method_remedy)
+
+IDLE: dict[str, Idle] = {
+    field: Idle("method", lambda c, field=field: field not in METHODS[c.method].settings, _method_remedy)
+    for row in METHODS.values()
+    for field in row.settings
+} | {
+    "teacher_arch": NO_TEACHER,
+    "teacher_weights": NO_TEACHER,
+    "teacher_eval_samples": NO_TEACHER,
+    "epochs": Idle("max_steps", lambda c: c.max_steps is not None, "beside --max-steps; keep one of the two"),
+    "lr_step_epochs": _unless("step", "restarts"),
+    "lr_gamma": _unless("step", "restarts"),
+    "lr_floor": _unless("cosine", "restarts"),
+    "wandb_project": Idle("wandb", lambda c: not c.wandb, "without --wandb; add it"),
+    "allow_changes": Idle("resume", lambda c: c.allow_changes and c.resume == "never", "with --resume never"),
+    "loader_timeout": Idle("workers", lambda c: c.workers == 0, "with --workers 0, where nothing is waited for"),
 }
 
 # (settings concerned, when they clash, why and what to do)

@@ -1,0 +1,43 @@
+"""The design card's command: `accelerate launch dist_kd/train.py --arch ... --teacher-arch ... --kd --T 4 --w 0.9`.
+
+Path repair, parse, train, exit code; also `python -m dist_kd.train` and `dist-kd train`. Imports torch only after the
+command line has been found good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+# Run as a file, dist_kd/ itself stands first on the path: `import dist_kd` would fail, and our rooms would be taken
+# for other people's packages (`models`, `data`). The folder above takes its place.
+if __name__ == "__main__":
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _here)]
+
+from dist_kd.cli import ended, parse
+
+# SLURM's warning can come while torch is still being imported, and would kill a process that has no handler yet. The
+# run's own handlers (runtime.py:StopRequests) replace this. SIGTERM keeps its default: before step 1 nothing is lost.
+EARLY_IGNORED = ("SIGUSR1",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains as the command line says; the exit code of the process (errors.py; 75: stopped, go on by the same line)."""
+    for name in EARLY_IGNORED:
+        with contextlib.suppress(ValueError, AttributeError):  # not the main thread; no such signal here
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return ended(lambda: _train(sys.argv[1:] if argv is None else argv))
+
+
+def _train(argv: list[str]) -> int:
+    parsed = parse(argv)
+    from dist_kd.wiring import run_training  # imports torch, which takes seconds: after every typo was found
+
+    return run_training(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
