@@ -1,0 +1,139 @@
+"""`dist-kd evaluate RUN | STUDENT_FOLDER | ARCH`: the trainer's evaluation of a finished network, count for count."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_kd.config import Config
+from dist_kd.errors import ConfigError
+
+
+class Subject(NamedTuple):
+    """What is scored, and the settings of its own evaluation."""
+
+    network: Any
+    config: Config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-kd evaluate",
+        description="Score a run's student, a student's folder or a named network on a validation set, exactly: every "
+        "sample once, on any number of processes (launch it like training). A run and its student are scored with the "
+        "settings they were trained with, and give the trainer's counts.",
+    )
+    parser.add_argument("what", metavar="RUN|STUDENT_FOLDER|ARCH", help="a run's folder, a student's folder, or a name")
+    parser.add_argument("--data", help="validation data, as --val-data of training (default: a run's own)")
+    parser.add_argument("--weights", default="DEFAULT", help="for ARCH only, as --student-weights (default: DEFAULT)")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="of a RUN (default: last)")
+    parser.add_argument(
+        "--device-batch-size", type=int, help="samples a device sees at once (default: as trained, or 64)"
+    )
+    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: as trained, or no")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    folder = Path(args.what)
+    is_run = (folder / "config.yaml").is_file()
+    if args.checkpoint == "best" and not is_run:
+        raise ConfigError(f"--checkpoint best needs a run's folder, and `{args.what}` is none")
+
+    from dist_kd.runtime import start_runtime
+    from dist_kd.sets import make_evaluator, open_split
+
+    changes = {
+        "device_batch_size": args.device_batch_size,
+        "mixed_precision": args.mixed_precision,
+        "val_data": args.data,
+        "workers": args.workers,
+    }
+    subject = _of_run(folder, args.checkpoint) if is_run else _of_folder_or_name(args)
+    config = subject.config.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    where = config.val_data or config.data
+    if where is None:
+        raise ConfigError("evaluate needs --data; only a run's folder knows its own validation set")
+    runtime = start_runtime(config)
+    index = runtime.on_main(lambda: open_split(where, "val") or open_split(where, "train"))
+    network = subject.network
+    if network.spec.num_classes != index.spec.num_classes:
+        raise ConfigError(
+            f"`{args.what}` has {network.spec.num_classes} classes and --data `{where}` has {index.spec.num_classes}; "
+            "give data with the same classes (`dist-kd pack --class-list`)"
+        )
+    import torch
+
+    network = network.to(runtime.device)
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    scores = make_evaluator(config, runtime, index, network.spec).score(network.eval())
+    n = scores.samples
+    result = {
+        "what": args.what,
+        "arch": network.spec.arch,
+        "weights": network.spec.weights,
+        "data": where,
+        "samples": n,
+        "top1_hits": scores.top1_hits,
+        "top5_hits": scores.top5_hits,
+        **{k.removeprefix("val/"): v for k, v in scores.values("val").items()},
+    }
+    text = (
+        f"{network.spec.arch} on {n} samples: top-1 {scores.top1_hits}/{n} = {result['top1']:.2f} %, "
+        f"top-5 {scores.top5_hits}/{n} = {result['top5']:.2f} %, loss {result['loss']:.4f}, ECE {scores.ece:.2f} %"
+    )
+    runtime.say(json.dumps(result) if args.json else text)
+    runtime.close()
+    return 0
+
+
+def _of_run(folder: Path, which: str) -> Subject:
+    """The student of a run with the run's own settings: the exported one, or the best checkpoint's."""
+    from dist_kd import checkpoint, models
+    from dist_kd.cli import parse
+
+    config = parse(["--config", str(folder / "config.yaml")], {}).config
+    settings = json.loads((folder / "student" / "config.json").read_text())["dist_kd"] if _exported(folder) else {}
+    evaluation = settings.get("evaluation", {})
+    config = config.model_copy(update={"mixed_precision": evaluation.get("mixed_precision", config.mixed_precision)})
+    if which == "last" and _exported(folder):
+        return Subject(models.load(folder), config)
+    found = checkpoint.best_of(folder / "checkpoints") if which == "best" else None
+    if which == "last":
+        found, _ = checkpoint.find(folder / "checkpoints")
+    if found is None:
+        raise ConfigError(f"`{folder}` has no {which} checkpoint and no student yet; train it first")
+    snapshot = checkpoint.load(found, "cpu")
+    tensors = snapshot.tensors.get("ema", snapshot.tensors["model"])
+    classes = json.loads((folder / "run.json").read_text())["data"]["train"]["classes"]
+    network = models.build(config.arch, classes, "none", image_size=config.image_size)
+    network.load_state_dict(tensors)
+    precision = snapshot.facts["settings"]["mixed_precision"]
+    return Subject(network, config.model_copy(update={"mixed_precision": precision}))
+
+
+def _exported(folder: Path) -> bool:
+    return (folder / "student" / "config.json").is_file()
+
+
+def _of_folder_or_name(args: argparse.Namespace) -> Subject:
+    from dist_kd import models
+
+    if Path(args.what).is_dir():
+        settings = {}
+        if (Path(args.what) / "config.json").is_file():
+            settings = (
+                json.loads((Path(args.what) / "config.json").read_text()).get("dist_kd", {}).get("evaluation", {})
+            )
+        network = models.load(args.what)
+    else:
+        settings = {}
+        network = models.build(args.what, None, args.weights, role="model")
+    known = {k: settings[k] for k in ("device_batch_size", "mixed_precision", "channels_last") if k in settings}
+    return Subject(network, Config(**({"device_batch_size": 64, "mixed_precision": "no"} | known)))
