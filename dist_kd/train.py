@@ -25,7 +25,7 @@ EARLY_IGNORED = ("SIGUSR1",)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains as the command line says; the exit code of the process (errors.py; 75: stopped, go on by the same line)."""
+    """Trains as the command line says; the process's exit code (errors.py; 75: stopped, the same line goes on)."""
     for name in EARLY_IGNORED:
         with contextlib.suppress(ValueError, AttributeError):  # not the main thread; no such signal here
             signal.signal(getattr(signal, name), signal.SIG_IGN)

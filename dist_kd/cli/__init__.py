@@ -32,8 +32,8 @@ class Parsed(NamedTuple):
 def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data: bool = True) -> Parsed:
     """The settings that `argv` and the files it names ask for.
 
-    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help` and `--print-config` print (on rank 0) and
-    raise SystemExit(0).
+    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help` and `--print-config` print (on
+    rank 0) and raise SystemExit(0).
     """
     found = scan(list(argv))
     merged, problems = _Merged(), list(found.problems)
