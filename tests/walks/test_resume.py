@@ -1,0 +1,66 @@
+"""Stopped at any step and resumed, a run ends bit-identical to the uninterrupted one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from walks.training import assert_same, final_state, train
+
+from dist_kd import checkpoint
+
+TESTS = Path(__file__).parent.parent
+TARS = ("--no-in-memory", "--workers", "2")
+MEMORY = ("--in-memory", "--workers", "0")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder, digits, *MEMORY) == "done"
+    return final_state(folder)
+
+
+def test_tars_and_memory_are_one_path(digits, tmp_path, uninterrupted):
+    assert train(tmp_path, digits, *TARS) == "done"
+    assert_same(final_state(tmp_path), uninterrupted)
+
+
+# two micro-batches a step: batch 2k belongs to step k
+@pytest.mark.parametrize(
+    ("stops", "how", "where"),
+    [
+        ([0], "SIGTERM", MEMORY),  # in the first step
+        ([13], "stop file", MEMORY),  # in the middle of an epoch
+        ([18], "SIGINT", MEMORY),  # in the last step of an epoch
+        ([25, 5], "SIGUSR1", MEMORY),  # twice in one epoch
+        ([13], "SIGTERM", TARS),
+    ],
+)
+def test_stopped_and_resumed(digits, tmp_path, uninterrupted, stops, how, where):
+    for at in stops:
+        assert train(tmp_path, digits, *where, stop_at_batch=at, how=how) == "preempted"
+    assert not (tmp_path / "STOP").exists()
+    assert train(tmp_path, digits, *where) == "done"
+    assert_same(final_state(tmp_path), uninterrupted)
+
+
+def test_killed_and_resumed(digits, tmp_path, uninterrupted):
+    """SIGKILL in steps 9 and 26; the checkpoints at steps 7 and 21 are what is left."""
+    for at in (18, 38):
+        code = (
+            "from pathlib import Path; from walks.training import train; "
+            f"train(Path({str(tmp_path)!r}), Path({str(digits)!r}), *{MEMORY}, stop_at_batch={at}, how='SIGKILL')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=TESTS)
+        assert done.returncode == -9, done.stderr[-2000:]
+    assert checkpoint.find(tmp_path / "checkpoints")[0].name == checkpoint.folder_name(21)
+    assert train(tmp_path, digits, *MEMORY) == "done"
+    assert_same(final_state(tmp_path), uninterrupted)
+
+
+def test_a_finished_run_is_finished(digits, tmp_path):
+    assert train(tmp_path, digits, *MEMORY, "--epochs", "1") == "done"
+    before = final_state(tmp_path)
+    assert train(tmp_path, digits, *MEMORY, "--epochs", "1") == "done"
+    assert_same(final_state(tmp_path), before)
