@@ -1,0 +1,98 @@
+"""`dist-kd index SHARDS...`: writes index.json and index.npy for shards that somebody else has written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from dist_kd.commands.pack import count
+from dist_kd.data import finding
+from dist_kd.data.index import build_index, write_index
+from dist_kd.data.sources import read_class_list
+from dist_kd.data.views import check_augment
+from dist_kd.errors import DataError
+
+
+def main(argv: list[str]) -> int:
+    """Indexes, and prints what was found; 0."""
+    args = parser().parse_args(argv)
+    if args.augment is not None:
+        check_augment(args.augment)
+    shards = _named(args.shards)
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    place = args.output or folder
+    known = _noted(place)
+    classes = read_class_list(args.class_list) if args.class_list else known.get("classes")
+    index = build_index(
+        folder,
+        shards,
+        name=args.name or known.get("name") or folder.name,
+        classes=tuple(classes) if classes else None,
+        augment=args.augment or known.get("augment") or "none",
+        image_size=args.image_size or known.get("image_size"),
+        jobs=args.jobs,
+    )
+    write_index(index, place)
+    size = sum(shard.bytes for shard in index.shards)
+    print(
+        f"{place}: {index.num_samples:,} samples of {len(index.classes)} classes in {len(index.shards)} shards, "
+        f"{size / 1e6:.1f} MB, usual augmentation {index.augment}; train with `--data {place}`"
+    )
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="dist-kd index",
+        allow_abbrev=False,
+        description="Index WebDataset shards, so that any sample can be read by its number. Every byte is read once "
+        "and the first damage is an error. What an earlier index there says of classes and augmentation is kept.",
+    )
+    p.add_argument(
+        "shards", metavar="SHARDS", nargs="+", help="a folder, a brace pattern such as 'train-{000..099}.tar', or tars"
+    )
+    p.add_argument(
+        "--class-list",
+        type=Path,
+        metavar="FILE",
+        help="text with a class per line, in label order (default: the numbers up to the largest label)",
+    )
+    p.add_argument("--name", help="what the set is called (default: the folder's name)")
+    p.add_argument("--augment", metavar="A", help="augmentation the set is usually trained with (default: none)")
+    p.add_argument(
+        "--image-size", type=count, metavar="N", help="side in pixels, if all images are squares of one size"
+    )
+    p.add_argument("--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own)")
+    p.add_argument(
+        "--jobs",
+        type=count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that read (default: one per core, %(default)s)",
+    )
+    return p
+
+
+def _named(words: list[str]) -> list[Path]:
+    """The shards that the words stand for, a folder for its *.tar. DataError if one is missing."""
+    shards: list[Path] = []
+    for word in words:
+        folder = Path(word).expanduser()
+        found = sorted(folder.absolute().glob("*.tar")) if folder.is_dir() else finding.expand(word)
+        missing = [shard for shard in found if not shard.is_file()]
+        if missing or not found:
+            what = f"`{missing[0]}` is not there" if missing else f"folder `{word}` holds no .tar"
+            raise DataError(f"{what}; give a folder of shards, a brace pattern or a list")
+        shards += found
+    return shards
+
+
+def _noted(place: Path) -> dict:
+    """What an index.json there says, though the rest of it may be damaged; {} if nothing."""
+    try:
+        facts = json.loads((place / "index.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

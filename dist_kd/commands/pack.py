@@ -1,0 +1,145 @@
+"""`dist-kd pack SOURCE DEST`: an image folder or a known data set -> indexed shards in DEST/train and DEST/val."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from dist_kd.data import pack
+from dist_kd.data.sources import SOURCES, open_source
+from dist_kd.data.views import check_augment
+
+
+def main(argv: list[str]) -> int:
+    """Packs, and prints what was made and how to use it; 0."""
+    args = parser().parse_args(argv)
+    if args.augment is not None:
+        check_augment(args.augment)
+    started = time.perf_counter()
+    source = open_source(args.source, args.root, args.download, args.class_list)
+    indexes = pack.pack_source(
+        source,
+        args.dest,
+        val_fraction=args.val_fraction,
+        limit_per_class=args.limit_per_class,
+        augment=args.augment,
+        resize=args.resize,
+        quality=args.quality,
+        shard_samples=args.shard_size,
+        shard_bytes=args.shard_mb * 1_000_000,
+        seed=args.seed,
+        jobs=args.jobs,
+        skip_bad=args.skip_bad,
+        progress=_progress(),
+    )
+    for split, index in indexes.items():
+        size = sum(shard.bytes for shard in index.shards)
+        images = f"{index.image_size}x{index.image_size} pixels" if index.image_size else "images of several sizes"
+        print(
+            f"{args.dest / split}: {index.num_samples:,} samples of {len(index.classes)} classes, {images}, "
+            f"{len(index.shards)} shards, {size / 1e6:.1f} MB, usual augmentation {index.augment}"
+        )
+        bad = pack.left_out(args.dest / split)
+        if bad:
+            print(
+                f"{args.dest / split}: left out {len(bad)} unreadable images, the first `{bad[0]}` (see {pack.STATE})"
+            )
+    if "val" not in indexes:
+        print("no validation set: pack again with --val-fraction 0.2 to hold one out, or give --val-data when training")
+    print(f"packed in {time.perf_counter() - started:.1f} s; train with `--data {args.dest}`")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="dist-kd pack",
+        allow_abbrev=False,
+        description="Pack images into WebDataset shards (KEY.jpg, .png or .webp, and KEY.cls) with an index. Images "
+        "are stored as they are, unless --resize or --quality is given. The same line gives the same bytes, and goes "
+        "on where it was interrupted.",
+    )
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder with one subfolder per class, or with train/ and val/ (or test/) of that form, or one of "
+        + ", ".join(SOURCES),
+    )
+    p.add_argument("dest", metavar="DEST", type=Path, help="folder to make: DEST/train, and DEST/val if there is one")
+    p.add_argument("--root", type=Path, metavar="DIR", help="where torchvision keeps the files of a known set")
+    p.add_argument("--download", action="store_true", help="let torchvision fetch a known set into --root")
+    p.add_argument(
+        "--class-list",
+        type=Path,
+        metavar="FILE",
+        help="text with a class per line: line numbers, from 0, are the labels",
+    )
+    p.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="hold out this part of each class of the training images, 0 to 1, by a hash of their paths (not of the "
+        "seed); the source's own val or test is then DEST/test",
+    )
+    p.add_argument("--limit-per-class", type=count, metavar="K", help="at most K images of each class in each split")
+    p.add_argument(
+        "--resize", type=count, metavar="N", help="shorter side to N pixels; smaller images stay as they are"
+    )
+    p.add_argument(
+        "--quality",
+        type=int,
+        choices=range(1, 96),
+        metavar="Q",
+        help="encode every image as JPEG of this quality, 1 to 95 (--resize alone keeps the format, JPEG at 90)",
+    )
+    p.add_argument("--augment", metavar="A", help="usual augmentation to note in the index (default: by kind of data)")
+    p.add_argument(
+        "--shard-size",
+        type=count,
+        default=pack.SHARD_SAMPLES,
+        metavar="N",
+        help="samples in a shard at most (default: %(default)s)",
+    )
+    p.add_argument(
+        "--shard-mb",
+        type=count,
+        default=pack.SHARD_BYTES // 1_000_000,
+        metavar="MB",
+        help="megabytes of images in a shard, about, before resizing (default: %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out unreadable images, listed, instead of stopping")
+    p.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: all %(default)s)",
+    )
+    return p
+
+
+def count(text: str) -> int:
+    """A whole number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"`{text}` must be 1 or more")
+    return number
+
+
+def _progress() -> pack.Progress:
+    """A line per finished shard; on a terminal one line that is drawn over."""
+    if not sys.stdout.isatty():
+        return lambda shard, count, total: print(f"{shard}: {count:,} of {total:,} samples", flush=True)
+
+    from rich.console import Console
+
+    console = Console()
+
+    def show(shard: str, count: int, total: int) -> None:
+        end = "\n" if count == total else "\r"
+        console.print(f"[bold]{100 * count / total:5.1f} %[/] {shard} ({count:,} of {total:,} samples)", end=end)
+
+    return show
