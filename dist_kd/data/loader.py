@@ -1,0 +1,206 @@
+"""Owns the last part of the way to a network: order + samples + views -> batches on the device, normalized there.
+
+The main process computes which samples are wanted, so any step can come first; the workers of feed.py turn them into
+uint8 rows; here they are counted, moved and normalized.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_kd.contracts import Batch, DataCounters, DataSpec, World
+from dist_kd.data.decode import TarSamples
+from dist_kd.data.feed import Feed, Request, Rows, Shown
+from dist_kd.data.index import Index
+from dist_kd.data.memory import MemorySamples
+from dist_kd.data.order import Order
+from dist_kd.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+LEDGER = "DIST_KD_LEDGER"  # folder to which each rank writes what it was given, one line a micro-batch
+
+
+class TrainLoader:
+    """Training batches of one rank, the same global batches whatever ranks, workers or storage."""
+
+    def __init__(
+        self,
+        index: Index,
+        order: Order,
+        view: Any,
+        *,
+        world: World,
+        micro_batch: int,
+        device: torch.device | str,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        workers: int,
+        in_memory: bool,
+        mix: Callable[[Tensor, Tensor, int, np.ndarray], tuple[Tensor, Tensor]] | None = None,
+        channels_last: bool = True,
+        timeout_s: float = 300.0,
+        max_bad_fraction: float = 0.0,
+    ):
+        """`micro_batch` divides this rank's rows of a batch, and is even if rows are mixed in pairs.
+
+        `max_bad_fraction`: share of the set's samples that may be damaged; 0 makes the first one a DataError.
+        """
+        rows = order.rank_rows(0, world.rank, world.world_size).size
+        if rows % micro_batch:
+            raise ConfigError(
+                f"micro-batch `{micro_batch}` does not divide the {rows} rows each process has of a batch"
+            )
+        if mix is not None and micro_batch % 2:
+            raise ConfigError(f"micro-batch `{micro_batch}` is odd, but mixup and cutmix pair its rows")
+        self.spec: DataSpec = index.spec
+        self._order, self._micro_batch, self._mix, self._world = order, micro_batch, mix, world
+        self._delivery = _Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
+        dataset = Shown(index, samples, view, train=True, strict=max_bad_fraction == 0)
+        self._feed = Feed(dataset, workers, timeout_s, pin=self._delivery.pin)
+
+    @property
+    def counters(self) -> DataCounters:
+        return self._delivery.counters
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Endless micro-batches from the first one of optimizer step `step` on. Ends those of an earlier call."""
+        return self._deliver(self._feed.start(_TrainRequests(self._order, self._world, self._micro_batch, step)))
+
+    def close(self) -> None:
+        """End the workers; `batches` may be called again."""
+        self._feed.close()
+
+    def _deliver(self, rows_of: Iterator[Rows]) -> Iterator[Batch]:
+        for rows in rows_of:
+            batch = self._delivery.batch(rows)
+            if self._mix is not None:
+                images, soft_labels = self._mix(batch.images, batch.labels, rows.epoch, rows.samples.numpy())
+                batch = batch._replace(images=images, soft_labels=soft_labels)
+            yield batch
+
+
+class EvalLoader:
+    """Evaluation batches of one rank: batch b of the set is on rank b modulo ranks, each sample exactly once."""
+
+    def __init__(
+        self,
+        index: Index,
+        view: Any,
+        *,
+        world: World,
+        batch_size: int,
+        device: torch.device | str,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        workers: int,
+        in_memory: bool,
+        channels_last: bool = True,
+        timeout_s: float = 300.0,
+        limit: int | None = None,
+        max_bad_fraction: float = 0.0,
+    ):
+        """`limit` takes that many samples, evenly spaced, if the set has more."""
+        self.spec: DataSpec = index.spec
+        self.num_samples = min(limit or index.num_samples, index.num_samples)  # of all ranks together
+        chosen = np.arange(self.num_samples, dtype=np.int64) * index.num_samples // self.num_samples
+        self._requests = [
+            Request(0, number, chosen[number * batch_size : (number + 1) * batch_size])
+            for number in range(world.rank, -(-self.num_samples // batch_size), world.world_size)
+        ]
+        self._delivery = _Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
+        dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
+        self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)
+
+    @property
+    def counters(self) -> DataCounters:
+        return self._delivery.counters
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches; the set's last is shorter. Workers are kept for the next call."""
+        if self._requests:
+            yield from map(self._delivery.batch, self._feed.start(self._requests))
+
+    def close(self) -> None:
+        """End the workers; `batches` may be called again."""
+        self._feed.close()
+
+
+class _TrainRequests:
+    """Endless requests of one rank from a step on; a DataLoader takes it for a sampler."""
+
+    def __init__(self, order: Order, world: World, micro_batch: int, step: int):
+        self.order, self.world, self.micro_batch, self.step = order, world, micro_batch, step
+
+    def __iter__(self) -> Iterator[Request]:
+        step = self.step
+        while True:
+            rows = self.order.rank_rows(step, self.world.rank, self.world.world_size)
+            for first in range(0, len(rows), self.micro_batch):
+                yield Request(self.order.epoch_of(step), step, rows[first : first + self.micro_batch])
+            step += 1
+
+
+class _Delivery:
+    """Rows -> Batch on the device, with the account of what was bad and the ledger of what was given out."""
+
+    def __init__(
+        self,
+        index: Index,
+        world: World,
+        device: torch.device | str,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        channels_last: bool,
+        max_bad_fraction: float,
+    ):
+        self.device = torch.device(device)
+        self.pin = self.device.type == "cuda"
+        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.counters = DataCounters()
+        self.index, self.max_bad_fraction = index, max_bad_fraction
+        self._bad: set[int] = set()
+        folder = os.environ.get(LEDGER)
+        self._ledger = Path(folder) / f"rank{world.rank}.txt" if folder else None
+
+    def batch(self, rows: Rows) -> Batch:
+        """The batch on the device; DataError if more samples are bad than may be."""
+        if rows.failure:
+            raise DataError(rows.failure)
+        self.counters.retries += rows.retries
+        for sample, kind, sentence in rows.bad:
+            self._count_bad(sample, kind, sentence)
+        if self._ledger is not None:
+            with self._ledger.open("a") as file:
+                file.write(" ".join(map(str, (rows.epoch, rows.step, *rows.samples.tolist()))) + "\n")
+        # uint8 travels; a copy from pinned memory does not wait for the device
+        images = rows.images.to(self.device, non_blocking=self.pin).contiguous(memory_format=self.format)
+        return Batch(
+            images=images.float().div_(255).sub_(self.mean).div_(self.std),
+            labels=rows.labels.to(self.device, non_blocking=self.pin),
+            weights=rows.weights.to(self.device, non_blocking=self.pin),
+            samples=rows.samples.to(self.device, non_blocking=self.pin),
+        )
+
+    def _count_bad(self, sample: int, kind: str, sentence: str) -> None:
+        if kind not in self.counters.bad:
+            log.warning("%s. Its row counts nothing; further ones (%s) are counted, not named", sentence, kind)
+        self.counters.bad[kind] = self.counters.bad.get(kind, 0) + 1
+        self._bad.add(sample)
+        if len(self._bad) > self.max_bad_fraction * self.index.num_samples:
+            raise DataError(
+                f"{len(self._bad)} of {self.index.num_samples} samples are damaged, more than the share "
+                f"`{self.max_bad_fraction}` that may be; the last: {sentence}"
+            )

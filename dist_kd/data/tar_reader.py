@@ -1,0 +1,109 @@
+"""Owns the way from a sample number to its bytes: local tars read by offset, length and checksum looked at each time.
+
+Knows nothing of images.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import OrderedDict
+
+from dist_kd.data.index import Index, checksum
+from dist_kd.errors import DataError
+
+OPEN_SHARDS = 64  # file descriptors kept; the least recently used goes first
+RETRY_WAITS = (0.5, 2.0)  # seconds before the second and third attempt of a read that failed
+FINAL = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)  # waiting does not cure these
+
+
+class BadSample(DataError):
+    """The content of one sample is damaged, and a loader may show another in its place. `damage` is its kind."""
+
+    def __init__(self, message: str, damage: str):
+        super().__init__(message)
+        self.damage = damage
+
+    def __reduce__(self):
+        return BadSample, (str(self), self.damage)
+
+
+class TarReader:
+    """Bytes of samples. Opens shards when they are first needed, in each process for itself; pickles without them."""
+
+    def __init__(self, index: Index):
+        self.index = index
+        self.retries = 0  # reads that failed and were tried again
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
+
+    def read(self, sample: int) -> bytes:
+        """The image of a sample as it lies in its shard.
+
+        BadSample if its checksum is wrong; DataError if the shard is missing, too short, or cannot be read.
+        """
+        shard, row = self.index.locate(sample)
+        data = self._read(shard, sample, int(row["offset"]), int(row["length"]))
+        if checksum(data) != row["checksum"]:
+            raise BadSample(
+                f"{self.name(sample)} has other bytes than the index says (checksum); copy the shard again, then run "
+                f"`dist-kd verify {self.index.folder}`",
+                "checksum",
+            )
+        return data
+
+    def name(self, sample: int) -> str:
+        """How messages name a sample."""
+        shard, _ = self.index.locate(sample)
+        return f"sample {sample} of shard `{self.index.shard_path(shard)}`"
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self):
+        self.close()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def _read(self, shard: int, sample: int, offset: int, length: int) -> bytes:
+        for wait in (*RETRY_WAITS, None):
+            try:
+                data = os.pread(self._descriptor(shard), length, offset)
+                while 0 < len(data) < length:  # the kernel may give less than asked, and does above 2 GiB
+                    more = os.pread(self._descriptor(shard), length - len(data), offset + len(data))
+                    if not more:
+                        break
+                    data += more
+                break
+            except OSError as error:
+                self._forget(shard)  # a stale handle stays stale
+                if wait is None or error.errno in FINAL:
+                    raise DataError(
+                        f"{self.name(sample)} cannot be read ({error.strerror}, after {len(RETRY_WAITS)} retries); "
+                        "check the storage, then start the run again: it resumes"
+                        if wait is None
+                        else f"{self.name(sample)} cannot be read ({error.strerror}); put the shard back"
+                    ) from None
+                self.retries += 1
+                time.sleep(wait)
+        if len(data) < length:
+            raise DataError(
+                f"{self.name(sample)} should have {length} bytes from byte {offset} on, but the shard ends after "
+                f"{len(data)} of them: it was cut or replaced; copy it again"
+            )
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            while len(self._open) >= OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[shard]
+
+    def _forget(self, shard: int) -> None:
+        if shard in self._open:
+            os.close(self._open.pop(shard))
