@@ -52,6 +52,7 @@ def test_missing_data_names_three_ways_and_the_embedded_set(parsed):
         ("temperature: 5", "T", 5.0),
         ("augment: none", "augment", "none"),
         ("save_path: '1e3'", "save_path", "1e3"),
+        ("save_path: 'null'", "save_path", "null"),
         ("save_path: 2026-01-01", "save_path", "2026-01-01"),  # YAML 1.1 would make a date
         ("# nothing", "lr", None),
     ],

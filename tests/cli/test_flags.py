@@ -131,4 +131,5 @@ def test_nearest():
     assert nearest("t", ["w", "T"]) == "T"
     assert nearest("teacher", ["arch", "teacher_arch"]) == "teacher_arch"
     assert nearest("bach_size", ["batch_size", "base"]) == "batch_size"
+    assert nearest("ARCH", ["arch_x", "arch"]) == "arch"
     assert nearest("qqq", ["arch"]) is None
