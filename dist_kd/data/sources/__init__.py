@@ -92,17 +92,23 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _relabelled(source: Source, classes: tuple[str, ...], path: Path) -> Source:
-    """The same images with labels looked up in `classes`."""
+def _relabelled(source: Source, lines: tuple[str, ...], path: Path) -> Source:
+    """The same images with labels looked up in the class list, by whole lines or else by their first words.
+
+    So a list may describe its classes (`n01440764 tench`) while the folders are named by the first word alone.
+    """
+    first_words = tuple(line.split()[0] for line in lines)
+    readings = [lines, first_words] if len(set(first_words)) == len(lines) else [lines]
+    classes = max(readings, key=lambda names: len(set(names) & set(source.classes)))
     number = {name: k for k, name in enumerate(classes)}
     missing = [name for name in source.classes if name not in number]
     if missing:
         near = difflib.get_close_matches(missing[0], classes, n=3)
-        hint = f"close to {', '.join(f'`{name}`' for name in near)}" if near else "with nothing close to it"
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = f"close to it: {', '.join(f'`{name}`' for name in near)}" if near else "nothing close to it"
+        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(
-            f"class `{missing[0]}`{others} of `{source.name}` is not in the class list `{path}` "
-            f"({len(classes)} names, {hint}); add it there or rename the folder"
+            f"class `{missing[0]}`{others} of `{source.name}` is not among the {len(classes)} of the class list "
+            f"`{path}`, {hint}; add it there or rename the folder"
         )
     labels = [number[name] for name in source.classes]
     splits = {
