@@ -1,4 +1,4 @@
-"""Data sets as a run uses them: which shards --data means, whether they fit memory, and the exact evaluator of a set."""
+"""Data sets as a run uses them: which shards --data means, whether they fit memory, the exact evaluator of a set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_kd.data.index import Index, open_data
 from dist_kd.data.loader import EvalLoader
 from dist_kd.data.order import Order
 from dist_kd.data.pack import split_folder
-from dist_kd.data.views import EvalView, TrainView
+from dist_kd.data.views import EvalView
 from dist_kd.errors import ConfigError
 from dist_kd.evaluation import Evaluator
 from dist_kd.runtime import Runtime
@@ -55,7 +55,7 @@ def keep_in_memory(config: Config, index: Index) -> bool:
     return memory.fits(index, MEMORY_BUDGET) if config.in_memory is None else config.in_memory
 
 
-def data_lines(config: Config, train: Index, val: Index, order: Order, view: TrainView) -> list[str]:
+def data_lines(config: Config, train: Index, val: Index, order: Order, augment: str) -> list[str]:
     """What the header says of the data."""
     mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
     where = (
@@ -64,7 +64,7 @@ def data_lines(config: Config, train: Index, val: Index, order: Order, view: Tra
     return [
         f"data     {train.spec.name}: {train.spec.num_samples:,} training samples, {train.spec.num_classes} classes, "
         f"{where}; {order.left_out} left out per epoch, others each time",
-        f"         {val.spec.num_samples:,} validation samples; augmentation {view.augment}{mixed}",
+        f"         {val.spec.num_samples:,} validation samples; augmentation {augment}{mixed}",
     ]
 
 

@@ -36,7 +36,6 @@ from dist_kd.runtime import Runtime, StopRequests, start_runtime
 from dist_kd.sets import data_lines, keep_in_memory, make_evaluator, open_sets
 from dist_kd.teacher import NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
-from dist_kd.tracking.jsonl import cut_back
 
 EXIT_PREEMPTED = 75
 
@@ -141,7 +140,8 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
     evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
-    view = TrainView(config.augment or train.spec.augment, student_spec.image_size, config.seed)
+    augment = config.augment or train.spec.augment
+    view = TrainView(augment, student_spec.image_size, config.seed)
     mixed = config.mixup or config.cutmix
     source = TrainLoader(
         train,
@@ -182,13 +182,12 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     if start.checkpoint is not None:
         restore(run, start)
     teacher_parameters = sum(p.numel() for p in plain_teacher.parameters()) if plain_teacher else 0
-    for line in results.header(config, run, layout, data_lines(config, train, val, order, view), teacher_parameters):
+    for line in results.header(config, run, layout, data_lines(config, train, val, order, augment), teacher_parameters):
         say(line)
     run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, train, val, start))
     if runtime.world.is_main:
         if stop.remove_stale_file():
             say("removed a STOP file older than this start")
-        cut_back(folder.metrics, run.state.step)
         run.tracker = open_tracker(
             folder.path,
             run_id=run_id,
