@@ -31,7 +31,7 @@ KEYS: dict[str, Key] = {
     "time/other_ms": Key("ms", "The rest of the step", "down"),
     "time/images_per_s": Key("images/s", "Training images a second, over all processes", "up"),
     "time/memory_bytes": Key("bytes", "Peak device memory of this process so far", "down"),
-    "data/bad_samples": Key("samples", "Samples that could not be used and were replaced with weight 0", "down"),
+    "data/bad_samples": Key("samples", "Samples so far that could not be used and were replaced with weight 0", "down"),
     "data/left_out": Key("samples", "Samples of this epoch that do not fill a batch and are left out", "down"),
     "data/retries": Key("reads", "Reads that had to be repeated", "down"),
     "val/loss": Key("nats", "Cross-entropy with the labels on the validation set", "down"),
