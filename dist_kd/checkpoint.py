@@ -23,6 +23,7 @@ from dist_kd.errors import CheckpointError
 
 SCHEMA = 1
 PREFIX = "step_"
+REPLACED = ".replaced"
 
 
 @dataclass
@@ -85,12 +86,13 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / folder_name(snapshot.state.step)
     beside = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
+    replaced = folder / f"{final.name}{REPLACED}"
     beside.mkdir()
     try:
         _write_files(beside, snapshot)
         if final.exists():
-            # the same step again (an evaluation right after a periodic save): the new one is complete, so swap
-            shutil.rmtree(final)
+            # the same step again (an evaluation made up for after a resume): still found under this name if we die now
+            os.rename(final, replaced)
         os.rename(beside, final)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -123,7 +125,9 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
 def _prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` and the best, and what killed saves left. Only folders we wrote."""
     kept = {_pointer(folder, "latest"), _pointer(folder, "best")}
-    for path in _complete(folder)[keep:]:
+    complete = _complete(folder)
+    old = [p for p in complete if p.name.endswith(REPLACED)]
+    for path in old + [p for p in complete if p not in old][keep:]:
         if path.name not in kept and not path.is_symlink():
             shutil.rmtree(path)
     for path in folder.glob(f".{PREFIX}*.partial"):
@@ -188,7 +192,8 @@ def resolve(text: str) -> Path:
     if found is None:
         details = "".join(f"; {r}" for r in refused)
         raise CheckpointError(
-            f"--resume `{text}` holds no usable checkpoint{details}; give a folder like RUN/checkpoints/{folder_name(500)}"
+            f"--resume `{text}` holds no usable checkpoint{details}; give a folder like "
+            f"RUN/checkpoints/{folder_name(500)}"
         )
     return found
 

@@ -18,8 +18,8 @@ from dist_kd.wiring import build_run
 # 10 steps an epoch, 3 epochs; everything on that has state: EMA, momentum, mixing, a teacher
 SETTINGS = [
     "--arch", "cnn_small", "--teacher-arch", "cnn_medium", "--teacher-weights", "none", "--kd", "--image-size", "8",
-    "--batch-size", "32", "--device-batch-size", "16", "--epochs", "3", "--lr", "0.01",
-    "--ema-decay", "0.9", "--mixup", "0.2", "--log-steps", "4", "--checkpoint-steps", "7", "--keep", "3", "--teacher-eval-samples", "20",
+    "--batch-size", "32", "--device-batch-size", "16", "--epochs", "3", "--lr", "0.01", "--ema-decay", "0.9",
+    "--mixup", "0.2", "--log-steps", "4", "--checkpoint-steps", "7", "--keep", "3", "--teacher-eval-samples", "20",
     "--cpu",
 ]  # fmt: skip
 
