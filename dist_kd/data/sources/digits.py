@@ -15,7 +15,7 @@ VAL_FRACTION = 0.2  # of each class, by the hash of the key; the set has no spli
 
 
 def open_source(name: str, root: Path | None, download: bool) -> Source:
-    """The digits with a fixed, stratified split: 1,437 for training, 360 held out. Values 0..16 become 0..255.
+    """The digits with a fixed, stratified split: 1,438 for training, 359 held out. Values 0..16 become 0..255.
 
     Augmentation is `crop` alone: a mirrored digit is another sign.
     """
