@@ -301,7 +301,7 @@ def test_an_index_that_is_not_well_is_refused(shards):
 def test_verify_a_good_set(shards):
     index = index_of(shards((7, 10)))
     assert verify_index(index) == []
-    assert verify_index(index, jobs=2) == []
+    assert verify_index(index, jobs=2, decode=len) == []  # spawned processes need no torch then
 
 
 def test_verify_names_what_is_wrong(shards):
