@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from dist_kd import compression, models
@@ -16,14 +14,7 @@ from dist_kd.report import write_report
 from dist_kd.run_folder import RunFolder, versions
 from dist_kd.tracking.jsonl import read_metrics
 
-
-def cpu_name() -> str:
-    """The processor's model, or the architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+LATENCY_SECONDS = 0.5  # of timing per network and batch size: a run's end should not be a benchmark
 
 
 def network_line(role: str, spec, parameters: int) -> str:
@@ -180,11 +171,11 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
     )
     size, classes = network.spec.image_size, network.spec.num_classes
     student = models.build(network.spec.arch, classes, "none", image_size=size)
-    if run.teacher.spec is None:
-        table = {"student": compression.measure(student, size)}
-    else:
-        spec = run.teacher.spec
-        table = compression.compare(models.build(spec.arch, spec.num_classes, "none"), student, size)
+    spec = run.teacher.spec
+    teacher = models.build(spec.arch, spec.num_classes, "none", image_size=spec.image_size) if spec else None
+    table = compression.compare(
+        teacher, student, size, teacher_image_size=spec.image_size if spec else None, seconds=LATENCY_SECONDS
+    )
     folder.write("compression.json", table)
     run.runtime.say(compression.table(table))
     run.tracker.summary(result)

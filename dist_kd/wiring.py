@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_kd import models, results
+from dist_kd import compression, models, results
 from dist_kd.checkpoint import TrainState
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
@@ -230,7 +230,7 @@ def _record(
             for split, index in (("train", train), ("val", val))
         },
     }
-    device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else results.cpu_name()
+    device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else compression.cpu_name()
     this = {
         "world_size": runtime.world.world_size,
         "device": device,

@@ -57,3 +57,7 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"there is no command {shown(name)}; {hint}")
     return importlib.import_module(COMMANDS[name].module).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
