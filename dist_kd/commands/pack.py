@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         "--class-list",
         type=Path,
         metavar="FILE",
-        help="text with a class per line: line numbers, from 0, are the labels",
+        help="text with a class per line, whose line numbers, from 0, are the labels (default: sorted folder names)",
     )
     p.add_argument(
         "--val-fraction",
@@ -89,8 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--quality",
-        type=int,
-        choices=range(1, 96),
+        type=quality,
         metavar="Q",
         help="encode every image as JPEG of this quality, 1 to 95 (--resize alone keeps the format, JPEG at 90)",
     )
@@ -113,10 +112,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip-bad", action="store_true", help="leave out unreadable images, listed, instead of stopping")
     p.add_argument(
         "--jobs",
-        type=int,
+        type=count,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="processes (default: all %(default)s)",
+        help="processes that read and write (default: one per core, %(default)s)",
     )
     return p
 
@@ -127,6 +126,13 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"`{text}` must be 1 or more")
     return number
+
+
+def quality(text: str) -> int:
+    """A JPEG quality: above 95 files grow without looking better."""
+    if count(text) > 95:
+        raise argparse.ArgumentTypeError(f"`{text}` must be at most 95")
+    return int(text)
 
 
 def _progress() -> pack.Progress:
