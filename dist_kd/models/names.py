@@ -49,7 +49,7 @@ def resolve(arch: str, flag: str = "--arch") -> str:
     A prefix forces a source: `torchvision/efficientnet_b0`, `effnet/efficientnet_b0`, `timm/NAME`. It stays in the
     canonical name only where the bare name would mean another source. timm's names are checked when it is built.
     """
-    source, _, name = arch.strip().rpartition("/")
+    source, _, name = arch.strip().partition("/") if "/" in arch else ("", "", arch.strip())
     if source == "timm" and name:
         return f"timm/{name}"
     name = name.replace("-", "_").lower()
@@ -68,5 +68,5 @@ def resolve(arch: str, flag: str = "--arch") -> str:
 
 def split(arch: str) -> tuple[str, str]:
     """Zoo and the name inside it, of a canonical name."""
-    zoo, _, name = arch.rpartition("/")
+    zoo, _, name = arch.partition("/") if "/" in arch else ("", "", arch)
     return zoo or next(z for z in ZOOS if name in ZOOS[z]), name

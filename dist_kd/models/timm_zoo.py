@@ -24,11 +24,13 @@ def _timm() -> Any:
 def _facts(name: str) -> Any:
     """timm's record of the weights that `name` (or `name.tag`) means by default; ConfigError for a miss."""
     timm = _timm()
-    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False) if timm.models.is_model(name) else None
-    if cfg is None:
-        known = timm.list_models() + timm.list_models(pretrained=True)
+    plain = name.partition(".")[0]
+    known = timm.list_models() + timm.list_models(pretrained=True)
+    if name not in known:
+        if plain in known:  # the tag is wrong: near are the tags there are
+            known = [other for other in known if other.partition(".")[0] == plain]
         raise ConfigError(f"network `timm/{name}` is not known to timm {timm.__version__}; {close(name, known)}")
-    return cfg
+    return timm.models.get_pretrained_cfg(name)
 
 
 def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:

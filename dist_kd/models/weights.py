@@ -169,8 +169,12 @@ def read(path: Path, flag: str) -> dict[str, Tensor]:
 
 def head_classes(construct: Callable[[int], nn.Module], state: dict[str, Tensor]) -> int | None:
     """How many classes the tensors are for: the size of the parameter that grows with the number of classes."""
-    with torch.device("meta"):  # shapes only, and no random number drawn
-        two, three = construct(2).state_dict(), construct(3).state_dict()
+    try:
+        with torch.device("meta"):  # shapes only, and no random number drawn
+            two, three = construct(2).state_dict(), construct(3).state_dict()
+    except NotImplementedError:  # regnets compute their widths with tensors
+        with torch.random.fork_rng(devices=[]):
+            two, three = construct(2).state_dict(), construct(3).state_dict()
     for key, value in two.items():
         if value.shape != three[key].shape and key in state and state[key].ndim:
             return state[key].shape[0]
