@@ -219,6 +219,8 @@ def gap_sentence(
         low, high = found.points - found.half_width, found.points + found.half_width
         interval = f"95 % interval {low:+.2f} to {high:+.2f}, "
     closed = gap_share(found.plain, found.distilled, teacher)[1]
+    if found.verdict == "none":  # a share of the gap would be a share of noise
+        closed = "the teacher's score is unknown" if teacher is None else f"the teacher has {teacher:.2f} %"
     remedy = " Run at least 3 seeds of each." if found.verdict == "unknown" else ""
     return (
         f"{OPENING[found.verdict]}: top-1 is {found.distilled:.2f} % distilled and {found.plain:.2f} % alone, "

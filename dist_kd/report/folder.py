@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,15 @@ class RunRecord:
     lines: list[dict[str, Any]] = field(default_factory=list)
     missing: tuple[str, ...] = ()
 
+    @cached_property
+    def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for line in self.lines:
+            kinds.setdefault(str(line.get("kind")), []).append(line)
+        return kinds
+
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line.get("kind") == kind]
+        return self._by_kind.get(kind, [])
 
     @property
     def state(self) -> str:

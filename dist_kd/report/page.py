@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -19,6 +21,11 @@ from dist_kd.report.tables import Table
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
+def text_html(text: str) -> str:
+    """Escaped text in which no figure is parted from its unit."""
+    return escape(re.sub(r"(\d) (%|x|ms|s|min|MiB|KiB|GiB)(?!\w)", "\\1\u00a0\\2", text))
+
+
 def table_html(table: Table | None, *, caption: bool = True) -> str:
     """A table whose first column heads its rows; empty text for None."""
     if table is None:
@@ -29,7 +36,7 @@ def table_html(table: Table | None, *, caption: bool = True) -> str:
         for index, (column, text) in enumerate(zip(table.columns, row, strict=True)):
             tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
             kind = ' class="num"' if column.startswith(">") else ' class="wrap"' if len(text) > 40 else ""
-            made.append(f"<{tag}{scope}{kind}>{escape(text)}</{tag}>")
+            made.append(f"<{tag}{scope}{kind}>{text_html(text)}</{tag}>")
         return "".join(made)
 
     heads = "".join(
@@ -41,7 +48,7 @@ def table_html(table: Table | None, *, caption: bool = True) -> str:
         for index, row in enumerate(table.rows)
     )
     title = f"<caption>{escape(table.name)}</caption>" if caption else ""
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    note = f'<p class="note">{text_html(table.note)}</p>' if table.note else ""
     return f'<div class="scroll"><table>{title}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
 
 
@@ -75,8 +82,8 @@ def plots_html(groups: Sequence[Group], section: str) -> str:
 
 def _card(title: str, figure: str, text: str, main: bool = False) -> str:
     return (
-        f'<div class="card{" main" if main else ""}"><b>{escape(title)}</b><strong>{escape(figure)}</strong>'
-        f"<span>{escape(text)}</span></div>"
+        f'<div class="card{" main" if main else ""}"><b>{escape(title)}</b><strong>{text_html(figure)}</strong>'
+        f"<span>{text_html(text)}</span></div>"
     )
 
 
@@ -114,7 +121,7 @@ def _results(groups: Sequence[Group], comparisons: Sequence[dict[str, Any]]) -> 
         other = ", ".join(found["differs_also_in"])
         caution = f" The two differ also in: {other}." if other else ""
         which = f"{found['distilled']}: " if len(comparisons) > 1 else ""
-        parts.append(f'<p class="verdict {found["verdict"]}">{escape(which + found["sentence"] + caution)}</p>')
+        parts.append(f'<p class="verdict {found["verdict"]}">{text_html(which + found["sentence"] + caution)}</p>')
     if not comparisons:
         parts.append(
             '<p class="note">The share of the gap closed is undefined: it takes a distilled run and a run of the same '
@@ -132,16 +139,19 @@ def _calibration(groups: Sequence[Group]) -> str:
 
 
 def _speed(groups: Sequence[Group]) -> str:
-    parts = [
+    times_of = [
         {name: times.get(f"{name}_ms", 0.0) for name, _ in curves.PARTS}
         for times in (tables.mean_timing(group) for group in groups)
     ]
-    bars = curves.draw_step_times(groups, parts)
-    figure = (
-        f'<figure class="wide" role="img" aria-label="{bars.title}" data-key="{bars.key}">{bars.svg}</figure>'
-        if bars
-        else ""
-    )
+    bars = curves.draw_step_times(groups, times_of)
+    figure = ""
+    if bars:
+        parts = enumerate(text for _, text in curves.PARTS)
+        legend = "".join(f"<li>{curves.part_swatch(i)}<span>{text}</span></li>" for i, text in parts)
+        figure = (
+            f'<figure class="wide" role="img" aria-label="{bars.title}" data-key="{bars.key}">{bars.svg}'
+            f'<ul class="legend">{legend}</ul></figure>'
+        )
     return table_html(tables.speed(groups), caption=False) + figure + plots_html(groups, "speed")
 
 
@@ -149,7 +159,12 @@ def _configuration(groups: Sequence[Group]) -> str:
     differ, same = tables.settings(groups)
     formulas = dict.fromkeys(str(f) for g in groups for run in g.runs if (f := run.summary.get("formula")))
     loss = "".join(f"<p>Loss in force: <code>{escape(formula)}</code></p>" for formula in formulas)
-    alike = f'<h3>{escape(same.name)}</h3><div class="columns">{table_html(same, caption=False)}</div>' if same else ""
+    alike = ""
+    if same:
+        half = (len(same.rows) + 1) // 2
+        halves = (replace(same, rows=rows) for rows in (same.rows[:half], same.rows[half:]) if rows)
+        beside = "".join(f"<div>{table_html(table, caption=False)}</div>" for table in halves)
+        alike = f'<h3>{escape(same.name)}</h3><div class="columns">{beside}</div>'
     return loss + table_html(differ) + alike
 
 

@@ -8,6 +8,7 @@ STYLE = """
   --accent: #1d4fd8; --tint: #edf2fe; --good: #0b6b3a; --bad: #a3161c; --warn: #7a4b00; --warn-back: #fff6e0;
   --s0: #1f5fd6; --s1: #c2540a; --s2: #11804d; --s3: #b3256f; --s4: #6b3fd1; --s5: #0b7a8f; --s6: #6d6a00;
     --s7: #c0272d;
+  --p0: #b3362c; --p1: #56657e; --p2: #0b6f86; --p3: #767f8d;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -15,6 +16,7 @@ STYLE = """
     --accent: #8db2ff; --tint: #1b2538; --good: #6fd6a0; --bad: #ff9a9a; --warn: #ffd480; --warn-back: #2c2410;
     --s0: #7aa7ff; --s1: #ffa45c; --s2: #5fd39a; --s3: #ff8ac2; --s4: #b79bff; --s5: #5fd0e3; --s6: #d7d05a;
     --s7: #ff8a8a;
+    --p0: #ff9d8f; --p1: #a9b8d2; --p2: #63cbe0; --p3: #8d96a5;
   }
 }
 * { box-sizing: border-box; }
@@ -48,28 +50,32 @@ th { font-weight: 600; font-size: 13px; color: var(--muted); border-bottom: 1.5p
 tbody th { color: var(--ink); font-size: 14px; font-weight: 500; border-bottom: 1px solid var(--grid);
   white-space: normal; }
 .num { text-align: right; white-space: nowrap; padding-right: 0; padding-left: 14px; }
+td.num + td:not(.num), th.num + th:not(.num) { padding-left: 28px; }
 tr.strong th, tr.strong td { font-weight: 700; background: var(--tint); }
 tr:last-child > * { border-bottom: none; }
 td.wrap { overflow-wrap: anywhere; }
-.columns { columns: 2; column-gap: 40px; } .columns table { break-inside: auto; }
-.columns tr { break-inside: avoid; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 10px; padding: 0; list-style: none;
+.columns { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 40px; }
+.columns th, .columns td { padding-top: 3px; padding-bottom: 3px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 14px 0 10px; padding: 0; list-style: none;
   font-size: 13.5px; }
 .legend li { display: flex; align-items: center; gap: 8px; }
-.swatch { width: 34px; height: 10px; flex: none; }
+.swatch { width: 34px; height: 10px; flex: none; } .swatch.square { width: 11px; }
+figure.wide { margin: 18px 0 0; } figure.wide .legend { margin: 4px 0 0; }
+th:first-child, td:first-child { padding-left: 8px; } th:last-child, td:last-child { padding-right: 8px; }
 .plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px 26px; }
-.plots figure, figure.wide { margin: 0; min-width: 0; }
+.plots figure { margin: 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: var(--font); }
 code { font: 13px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 footer { color: var(--muted); font-size: 13px; margin: 18px 2px 0; }
-@media (max-width: 760px) { .plots { grid-template-columns: 1fr; } .columns { columns: 1; }
+@media (max-width: 760px) { .plots { grid-template-columns: 1fr; } .columns { grid-template-columns: 1fr; }
   main { padding: 18px 12px; } }
 @media print {
   :root { --paper: #fff; --back: #fff; --ink: #000; --muted: #444; --grid: #ddd; --line: #bbb; --tint: #f2f2f2;
     --s0: #1f5fd6; --s1: #c2540a; --s2: #11804d; --s3: #b3256f; --s4: #6b3fd1; --s5: #0b7a8f; --s6: #6d6a00;
     --s7: #c0272d;
+    --p0: #b3362c; --p1: #56657e; --p2: #0b6f86; --p3: #767f8d;
     --accent: #1d4fd8; --warn: #4a2d00; --warn-back: #fff; color-scheme: light; }
   body { font-size: 11px; } main { max-width: none; padding: 0; }
   section { border: none; padding: 6px 0; } table { font-size: 10.5px; }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_kd.config import Config
 from dist_kd.report.compare import Group, Spread
 from dist_kd.report.curves import PARTS
 from dist_kd.report.folder import RunRecord, at, mapping, number
@@ -127,8 +128,8 @@ def _range(values: list[int]) -> str:
 
 def _seeds(group: Group) -> str:
     seeds = [str(run.seed) for run in group.runs if run.seed is not None]
-    word = "run" if len(group.runs) == 1 else "runs"
-    return f"{len(group.runs)} {word}" + (f", seed {', '.join(seeds)}" if seeds else "")
+    shown = seeds if len(seeds) <= 6 else [*seeds[:5], "..."]
+    return f"{len(group.runs)}" + (f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(shown)})" if seeds else "")
 
 
 def _unfinished(group: Group) -> str:
@@ -160,7 +161,7 @@ SIZES = (
     ("State dict", ("state_dict_bytes",), size),
     ("FLOPs, one image", ("flops",), lambda value: scaled(value, "FLOP")),
     ("Activations, one image", ("activations",), count),
-    ("Parameters + activations", ("size_original",), count),
+    ("Size as parameters + activations", ("size_original",), count),
     ("CPU latency, batch 1", ("latency_ms", "1"), lambda value: NONE if value is None else f"{value:.4g} ms"),
     ("CPU latency, batch 32", ("latency_ms", "32"), lambda value: NONE if value is None else f"{value:.4g} ms"),
 )
@@ -201,8 +202,10 @@ def timing(run: RunRecord) -> dict[str, float]:
         key: value for key, item in mapping(run.summary.get("timing")).items() if (value := number(item)) is not None
     }
     for name in ("step_ms", *(f"{part}_ms" for part, _ in PARTS), "images_per_s", "memory_bytes"):
+        if name in known:
+            continue
         values = [v for line in run.of_kind("train") if (v := number(line.get(f"time/{name}"))) is not None]
-        if name not in known and values:
+        if values:
             known[name] = max(values) if name == "memory_bytes" else sum(values) / len(values)
     return known
 
@@ -241,6 +244,13 @@ def speed(groups: Sequence[Group]) -> Table | None:
     )
 
 
+def with_unit(name: str) -> str:
+    """A setting's name with the unit of its values."""
+    known = Config.model_fields.get(name)
+    unit = known.json_schema_extra["unit"] if known else ""
+    return f"{name} ({unit})" if unit else name
+
+
 def settings(groups: Sequence[Group]) -> tuple[Table | None, Table | None]:
     """What differs between runs, a column a group; and what is the same in all of them."""
     known = [run for group in groups for run in group.runs if run.settings]
@@ -254,10 +264,10 @@ def settings(groups: Sequence[Group]) -> tuple[Table | None, Table | None]:
 
     differ, same = None, None
     if differing:
-        rows = tuple((name, *(cell(group, name) for group in groups)) for name in differing)
+        rows = tuple((with_unit(name), *(cell(group, name) for group in groups)) for name in differing)
         differ = Table("What differs between the runs", ("Setting", *(group.label for group in groups)), rows)
     if alike := [name for name in names if len(values[name]) == 1]:
-        rows = tuple((name, next(iter(values[name]))) for name in alike)
+        rows = tuple((with_unit(name), next(iter(values[name]))) for name in alike)
         same = Table("The same in all runs" if len(known) > 1 else "Settings", ("Setting", "Value"), rows)
     return differ, same
 

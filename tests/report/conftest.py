@@ -38,16 +38,16 @@ def metric_lines(seed: int, kd: bool, final: float, steps: int, log_every: int) 
                 "train/top1": (final - 3) * curve + 10 * (1 - curve) + noise.gauss(0, 1),
                 "train/top5": min(100.0, 50 + 49 * curve + noise.gauss(0, 0.3)),
                 "train/lr": 0.05 * (1 + math.cos(math.pi * done)),
-                "train/grad_norm": 1 + noise.random(),
+                "train/grad_norm": 1 + 2 * (1 - curve) + 0.2 * noise.random(),
                 "train/epoch": step / EPOCH,
                 "train/samples": step * 128.0,
                 "train/skipped_steps": 0.0,
                 "time/step_ms": 50.0 if kd else 30.0,
-                "time/data_ms": 2.0,
+                "time/data_ms": 2.0 + noise.random(),
                 "time/teacher_ms": 20.0 if kd else 0.0,
                 "time/student_ms": 26.0,
                 "time/other_ms": 2.0,
-                "time/images_per_s": 2560.0 if kd else 4266.0,
+                "time/images_per_s": (2560.0 if kd else 4266.0) + noise.gauss(0, 30),
                 "data/bad_samples": 3.0,
             }
             lines.append({"step": step, "kind": "train", **values})
@@ -55,7 +55,8 @@ def metric_lines(seed: int, kd: bool, final: float, steps: int, log_every: int) 
             last = step == EPOCH * EPOCHS
             # the epoch before the last is the best one: last and best must not be mixed up
             top1 = final if last else final * curve + (1.0 if step == EPOCH * (EPOCHS - 1) else 0.0) + 0.04 * final
-            scores = {"top1": top1, "top5": 60 + 38 * curve, "loss": 2.0 - 1.5 * curve, "ece": 8 * (1 - curve) + 1}
+            scores = {"top1": top1, "top5": 60 + (38.5 if kd else 37) * curve}
+            scores |= {"loss": 2.0 - (1.6 if kd else 1.45) * curve, "ece": 8 * (1 - curve) + (1 if kd else 2.5)}
             if kd:
                 scores["agreement"] = 60 + 30 * curve
             values = {f"val/{k}": v for k, v in scores.items()}
@@ -141,12 +142,13 @@ def write_run(
 PLAIN, DISTILLED = (85.0, 85.5, 84.5), (88.0, 88.75, 87.25)
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
-    """Three seeds alone and three distilled; the last was interrupted once."""
-    made = [write_run(tmp_path / f"plain-s{s}", seed=s, kd=False, final=f) for s, f in enumerate(PLAIN)]
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three seeds alone and three distilled; the last was interrupted once. Not to be written to."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = [write_run(folder / f"plain-s{s}", seed=s, kd=False, final=f) for s, f in enumerate(PLAIN)]
     for s, f in enumerate(DISTILLED):
-        made.append(write_run(tmp_path / f"kd-s{s}", seed=s, final=f, resumed=170 if s == 2 else None))
+        made.append(write_run(folder / f"kd-s{s}", seed=s, final=f, resumed=170 if s == 2 else None))
     return made
 
 
