@@ -24,8 +24,8 @@ from dist_kd.errors import DistKDError
 PER_CLASS = 10
 COMMON = ["--image-size", "8", "--optimizer", "adamw", "--lr", "0.003", "--weight-decay", "0.05", "--cpu"]
 TEACHER = ["--arch", "cnn_medium", "--no-kd", "--batch-size", "64", "--epochs", "30", "--log-steps", "66"]
-STUDENT = ["--arch", "cnn_small", "--batch-size", "50", "--epochs", "150", "--mixup", "0.5"]
-STUDENT += ["--log-steps", "10", "--eval-steps", "60"]
+STUDENT = ["--arch", "cnn_small", "--batch-size", "50", "--epochs", "200", "--mixup", "0.5"]
+STUDENT += ["--log-steps", "10", "--eval-steps", "100"]
 KD = ["--kd", "--T", "4", "--w", "0.9", "--teacher-arch", "cnn_medium"]
 INTERRUPT_AFTER = 0.55  # of the last distilled run's steps
 

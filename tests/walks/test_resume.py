@@ -60,7 +60,7 @@ def test_killed_and_resumed(digits, tmp_path, uninterrupted):
 
 
 def test_a_finished_run_is_finished(digits, tmp_path):
-    assert train(tmp_path, digits, *MEMORY, "--epochs", "1") == "done"
+    assert train(tmp_path, digits, *MEMORY) == "done"
     before = final_state(tmp_path)
-    assert train(tmp_path, digits, *MEMORY, "--epochs", "1") == "done"
+    assert train(tmp_path, digits, *MEMORY) == "done"
     assert_same(final_state(tmp_path), before)
