@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from dist_kd.data.decode import TarSamples
 from dist_kd.data.index import Index
@@ -115,8 +116,6 @@ class Shown(Dataset):
 class Feed:
     """The torch DataLoader over a dataset of requests. Every failure of it is a DataError within the time limit."""
 
-    killing = False  # while workers are ended on purpose, in any Feed
-
     def __init__(self, dataset: Shown, workers: int, timeout_s: float, pin: bool):
         self.dataset, self.workers, self.timeout_s, self.pin = dataset, workers, timeout_s, pin
         self._requests: Iterable[Request] | None = None
@@ -152,7 +151,7 @@ class Feed:
                 rows = next(iterator)
             except StopIteration:
                 return
-            except (RuntimeError, DataError) as error:
+            except Exception as error:
                 self._kill_workers()
                 self.close()
                 said = self._said(error)
@@ -170,12 +169,13 @@ class Feed:
 
     def _kill_workers(self) -> None:
         """End workers that did not go by themselves; they ignore gentler signals, and Python would wait for ever."""
-        Feed.killing = True
+        if getattr(self._iterator, "_worker_pids_set", False):
+            signal_handling._remove_worker_pids(id(self._iterator))  # or torch would report this as their failure
+            self._iterator._worker_pids_set = False
         for worker in getattr(self._iterator, "_workers", ()):
             if worker.is_alive():
                 worker.kill()
                 worker.join()
-        Feed.killing = False
 
     def _said(self, error: Exception) -> Exception:
         """The DataError for what torch says of its workers; the error itself if it is something else."""
@@ -190,7 +190,9 @@ class Feed:
                 f"shared memory (/dev/shm) ran out between {self.workers} loader processes and this one; enlarge it, "
                 "or use fewer `--workers`, or `--workers 0`"
             )
-        return _dead_worker(error) if text.startswith("DataLoader worker") else error
+        # a worker killed while it hands over a batch leaves a broken connection; `Caught` is from inside a worker
+        broken = self.workers and isinstance(error, (EOFError, OSError)) and not text.startswith("Caught")
+        return _dead_worker(error) if broken or text.startswith("DataLoader worker") else error
 
 
 def _as_it_is(rows: Rows) -> Rows:
@@ -206,8 +208,8 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _dead_worker(error: RuntimeError) -> DataError:
-    said = str(error).strip().splitlines()[0].rstrip(". ")
+def _dead_worker(error: Exception) -> DataError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
     return DataError(
         f"a loader process died ({said}); most often memory ran out: use fewer `--workers`, or a machine with more"
     )
@@ -225,8 +227,7 @@ def _name_dead_workers() -> None:
         try:
             of_torch(number, frame)
         except RuntimeError as error:
-            if not Feed.killing:
-                raise _dead_worker(error) from None
+            raise _dead_worker(error) from None
 
     handler.names_dead_workers = True
     signal.signal(signal.SIGCHLD, handler)
