@@ -228,6 +228,7 @@ def _paint_panel(axes, panel: Panel, curves: list[Curve], level: float | None, x
             va="bottom",
             fontsize=8,
             color=MUTED,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
         )
     unit = KEYS[panel.key].unit
     axes.set_title(panel.title + (f" ({unit})" if unit else ""), x=-0.1)

@@ -41,7 +41,7 @@ p.verdict { margin: 14px 0 0; padding: 10px 14px; border-left: 4px solid var(--m
 p.verdict.helped { border-color: var(--good); } p.verdict.hurt { border-color: var(--bad); }
 ul.warnings { margin: 18px 0 0; padding: 12px 16px 12px 34px; background: var(--warn-back); color: var(--warn);
   border: 1px solid var(--line); border-radius: 10px; font-size: 14px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } p.note + .scroll { margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; font-size: 14px; padding: 4px 0 6px; }
 th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--grid); vertical-align: top; }

@@ -93,7 +93,7 @@ def headline(groups: Sequence[Group]) -> Table:
             strong.add(len(rows))
         rows.append(
             (
-                f"{'Student alone' if group.is_plain else 'Student distilled'}: {group.label}",
+                f"{_role(group, groups)}: {group.label}",
                 _unfinished(group),
                 _seeds(group),
                 spread(group.last("top1")),
@@ -119,6 +119,14 @@ def headline(groups: Sequence[Group]) -> Table:
         "and therefore optimistic."
     )
     return Table("Results", columns, tuple(rows), note, frozenset(strong))
+
+
+def _role(group: Group, groups: Sequence[Group]) -> str:
+    if not group.is_plain:
+        return "Student distilled"
+    students = {other.runs[0].arch for other in groups if not other.is_plain}
+    # a teacher's own training may be among the runs
+    return "Student alone" if not students or group.runs[0].arch in students else "Another network"
 
 
 def _range(values: list[int]) -> str:
@@ -158,7 +166,7 @@ def calibration(groups: Sequence[Group]) -> Table | None:
 
 SIZES = (
     ("Parameters", ("parameters",), count),
-    ("State dict", ("state_dict_bytes",), size),
+    ("State dict", ("state_dict_bytes",), lambda value: scaled(value, "B")),
     ("FLOPs, one image", ("flops",), lambda value: scaled(value, "FLOP")),
     ("Activations, one image", ("activations",), count),
     ("Size as parameters + activations", ("size_original",), count),
@@ -173,8 +181,8 @@ def compression(groups: Sequence[Group]) -> list[Table]:
     runs = [run for group in groups for run in group.runs if mapping(run.compression.get("student"))]
     for run in sorted(runs, key=lambda run: not mapping(run.compression.get("teacher"))):
         pair = (run.teacher_arch if mapping(run.compression.get("teacher")) else "", run.arch)
-        if pair in tables or (not pair[0] and any(arch == pair[1] for _, arch in tables)):
-            continue
+        if pair in tables or (not pair[0] and any(pair[1] in known for known in tables)):
+            continue  # a network alone that a pair's table has shown already
         rows = []
         for text, path, form in SIZES:
             teacher, student = (number(at(run.compression, side, *path)) for side in ("teacher", "student"))

@@ -41,9 +41,16 @@ def test_compression_ratios_are_worked_out_from_both_sides(groups):
     parameters = row(table, "Parameters")
     assert (parameters["Teacher"], parameters["Student"]) == ("10,000,000", "1,250,000")
     assert (parameters["Teacher / student"], parameters["Student is"]) == ("8.00 x", "12.50 %")
-    assert row(table, "State dict")["Teacher"] == "38.24 MiB"
+    assert row(table, "State dict")["Teacher"] == "40.1 MB"
     assert row(table, "FLOPs")["Student"] == "42 MFLOP"
     assert row(table, "CPU latency, batch 32")["Teacher / student"] == "5.00 x"
+
+
+def test_a_teachers_own_training_is_no_student(runs, make_run):
+    own = make_run("teacher", kd=False, arch="wide_cnn", final=91.5)
+    groups = group_runs([read_run(path) for path in [*runs, own]])
+    assert row(tables.headline(groups), "Another network")["Top-1 (%)"] == "91.50"
+    assert [table.name for table in tables.compression(groups)] == ["wide_cnn to tiny_cnn"]
 
 
 def test_compression_without_a_teacher_is_the_student_alone(make_run):
