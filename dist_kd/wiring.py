@@ -198,6 +198,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             wandb_project=config.wandb_project,
             tensorboard=config.tensorboard,
             resumed_step=run.state.step if start.checkpoint else None,
+            evaluated=run.state.evaluated_at == run.state.step,
         )
     scores = None
     if plain_teacher is not None:

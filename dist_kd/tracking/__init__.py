@@ -90,8 +90,10 @@ def open_tracker(
     wandb_project: str,
     tensorboard: bool,
     resumed_step: int | None,
+    evaluated: bool = True,
 ) -> Tracker:
-    """The tracker of rank 0. `resumed_step` is the checkpoint's step, or None for a start from the beginning.
+    """The tracker of rank 0. `resumed_step` is the checkpoint's step, or None for a start from the beginning;
+    `evaluated` says whether that checkpoint holds the evaluation due at its step.
 
     metrics.jsonl is first cut back to that step (to nothing without one), so that it has no doubled line.
     Raises ConfigError for a mirror whose package is missing; nothing else.
@@ -100,7 +102,7 @@ def open_tracker(
     tracker = FanOut(console)
 
     def open_jsonl() -> JsonlTracker:
-        cut_back(run_dir / "metrics.jsonl", -1 if resumed_step is None else resumed_step)
+        cut_back(run_dir / "metrics.jsonl", -1 if resumed_step is None else resumed_step, evaluated)
         return JsonlTracker(run_dir / "metrics.jsonl")
 
     if tensorboard:

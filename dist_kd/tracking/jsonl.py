@@ -61,17 +61,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
 
 
-def cut_back(path: Path, step: int) -> int:
+def cut_back(path: Path, step: int, evaluated: bool = True) -> int:
     """Lines dropped because they came after the checkpoint of `step` or were never finished.
 
-    What was logged at `step` itself was written before its checkpoint, and stays. The file is replaced in one move,
-    byte for byte the same up to the cut.
+    What was logged at `step` itself was written before its checkpoint, and stays; except an evaluation that the
+    checkpoint does not know of (`evaluated` False), which will be made again. The file is replaced in one move, byte
+    for byte the same up to the cut.
     """
+
+    def stays(record: dict[str, Any]) -> bool:
+        return record["step"] < step or (record["step"] == step and (evaluated or record.get("kind") != "val"))
+
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return 0
-    kept = [line for line in lines if line.endswith(b"\n") and (record := _parse(line)) and record["step"] <= step]
+    kept = [line for line in lines if line.endswith(b"\n") and (record := _parse(line)) and stays(record)]
     if len(kept) == len(lines):
         return 0
     beside = path.with_name(path.name + ".partial")

@@ -30,7 +30,7 @@ def _first(source: Path, dest: Path, count: int) -> int:
     dest.mkdir()
     for start in range(0, count, 100):
         shards.append(dest / f"odd-{start // 100:06d}.tar")
-        with wds.TarWriter(str(shards[-1])) as writer:
+        with shards[-1].open("wb") as file, wds.TarWriter(file) as writer:
             for sample in range(start, min(start + 100, count)):
                 label = int(index.rows[sample]["label"])
                 writer.write({"__key__": f"{sample:06d}", "png": reader.read(sample), "cls": str(label)})

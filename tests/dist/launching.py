@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHERS = {
     "torchrun": [
-        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
+        "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "127.0.0.1:0",
     ],
     "accelerate": [
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
