@@ -123,3 +123,14 @@ steps = [r["step"] for r in read_metrics(path)]
 assert failures == 3 and steps == [0, 4, 5], (failures, steps, path.read_bytes())
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "m.jsonl")], check=True, timeout=30)
+
+
+def test_an_evaluation_the_checkpoint_does_not_know_of_is_cut(path):
+    tracker = JsonlTracker(path)
+    tracker.log({"val/top1": 40.0}, 2, kind="val")
+    tracker.log({"train/loss": 1.0}, 4)
+    tracker.log({"val/top1": 50.0}, 4, kind="val")
+    tracker.close("done")
+    assert cut_back(path, 4) == 0
+    assert cut_back(path, 4, evaluated=False) == 1
+    assert [(record["step"], record["kind"]) for record in read_metrics(path)] == [(2, "val"), (4, "train")]
