@@ -4,6 +4,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -146,6 +147,22 @@ def test_memory_equals_tars(index, train, view):
     tars = take(train(index, view), 1, 8)
     for workers in (0, 2):
         assert same(joined(take(train(index, view, in_memory=True, workers=workers), 1, 8)), joined(tars))
+
+
+@pytest.mark.parametrize("view", [Shifted(), TrainView("rrc+flip", 6, 0), TrainView("crop+flip", 8, 0)])
+def test_images_known_to_be_equal_are_viewed_together(index, train, evaluate, view):
+    known = replace(index, image_size=8)
+    assert same(joined(take(train(known, view), 1, 8)), joined(take(train(index, view), 1, 8)))
+    claimed = [joined(evaluate(i, EvalView(6)).batches()) for i in (index, known)]
+    assert same(*claimed)
+
+
+def test_images_wrongly_said_to_be_equal(shards, train):
+    paths = shards(SIZES, shape=lambda number: (7 + number % 5, 9))
+    index = build_index(paths[0].parent, paths, name="x", classes=None)
+    view = TrainView("rrc", 6, 0)
+    a, b = (joined(take(train(i, view), 1, 8)) for i in (index, replace(index, image_size=8)))
+    assert same(a, b)
 
 
 def test_memory_equals_tars_for_uneven_sizes(shards, train, evaluate):
