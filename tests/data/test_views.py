@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from dist_kd.data.augment import GREY, erase_box, rrc_box
+from dist_kd.data.augment import APPLY, GREY, erase_box, rrc_box
 from dist_kd.data.draws import uniforms
 from dist_kd.data.views import AUGMENTS, EvalView, TrainView, check_augment
 from dist_kd.errors import ConfigError
@@ -215,6 +216,20 @@ def test_jitter_has_torchvisions_outcomes():
             assert ks(value(ours[:, channel]).numpy(), value(theirs[:, channel]).numpy()) < 1
 
 
+def test_jitter_applies_its_steps_in_the_drawn_order():
+    image, u = smooth(), [0.9, 0.1, 0.95]  # factors 1.32, 0.68 and 1.36 of brightness, contrast and saturation
+    results = set()
+    for order in itertools.permutations(range(3)):
+        expected = image
+        for k in order:
+            step = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[k]
+            expected = step(expected, 0.6 + 0.8 * u[k])
+        ranks = [0.1 + 0.3 * order.index(k) for k in range(3)]
+        assert torch.equal(APPLY["jitter"](image, u + ranks, 16), expected)
+        results.add(expected.numpy().tobytes())
+    assert len(results) == 6
+
+
 def outcomes(transform, image: torch.Tensor, count: int) -> dict[bytes, int]:
     """How often each result occurs."""
     found: dict[bytes, int] = {}
@@ -259,6 +274,7 @@ def test_policies_have_torchvisions_distribution(name, transform):
     often = [result for result in set(ours) | set(theirs) if ours.get(result, 0) + theirs.get(result, 0) >= 20]
     z = [(ours.get(r, 0) - theirs.get(r, 0)) / (ours.get(r, 0) + theirs.get(r, 0)) ** 0.5 for r in often]
     assert len(often) > 10
+    assert len(ours) == pytest.approx(len(theirs), rel=0.1)  # as many different results, so as many free choices
     assert np.abs(z).max() < 5 and np.mean(np.square(z)) < 2
     assert sum(theirs.get(r, 0) for r in often) == pytest.approx(sum(ours.get(r, 0) for r in often), rel=0.1)
 
