@@ -25,6 +25,7 @@ from dist_kd.data.tar_reader import BadSample
 from dist_kd.errors import DataError
 
 PREFETCH = 2  # requests each worker has in hand
+GRACE_S = 3.0  # for workers to end by themselves
 BATCHED_BYTES = 64 << 20  # of decoded images of one size that are viewed together
 
 
@@ -154,10 +155,10 @@ class Feed:
                 generator=torch.Generator(),  # else it draws from torch's own, and so disturbs training
                 **(several if self.workers else {}),
             )
-            atexit.register(self.close)
         self._iterator = iter(self._loader)
         if self.workers:
             _name_dead_workers()
+            atexit.register(self._kill_workers)
         return self._rows(self._iterator)
 
     def _rows(self, iterator: Any) -> Iterator[Rows]:
@@ -176,21 +177,30 @@ class Feed:
             yield rows
 
     def close(self) -> None:
+        """End the workers, those that hang after GRACE_S seconds."""
         if self._iterator is not None and self.workers:
+            self._disown_workers()
+            late = threading.Timer(GRACE_S, self._kill_workers)
+            late.start()
             self._iterator._shutdown_workers()
-            self._kill_workers()
-        atexit.unregister(self.close)
+            late.cancel()
+            late.join()
+            atexit.unregister(self._kill_workers)
         self._requests = self._loader = self._iterator = None
 
     def _kill_workers(self) -> None:
-        """End workers that did not go by themselves; they ignore gentler signals, and Python would wait for ever."""
-        if getattr(self._iterator, "_worker_pids_set", False):
-            signal_handling._remove_worker_pids(id(self._iterator))  # or torch would report this as their failure
-            self._iterator._worker_pids_set = False
+        """End the workers at once: they ignore gentler signals, and Python would wait for them for ever."""
+        self._disown_workers()
         for worker in getattr(self._iterator, "_workers", ()):
             if worker.is_alive():
                 worker.kill()
                 worker.join()
+
+    def _disown_workers(self) -> None:
+        """From here on the end of a worker is meant, and not for torch to report."""
+        if getattr(self._iterator, "_worker_pids_set", False):
+            signal_handling._remove_worker_pids(id(self._iterator))
+            self._iterator._worker_pids_set = False
 
     def _said(self, error: Exception) -> Exception:
         """The DataError for what torch says of its workers; the error itself if it is something else."""

@@ -2,6 +2,8 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -410,6 +412,46 @@ def test_a_hung_worker_is_a_data_error_in_time(index, train):
         next(batches)
     assert time.monotonic() - start < 8
     assert gone(pids)
+
+
+def test_hung_workers_do_not_hold_up_the_end(index, train):
+    loader = train(index, Stuck(), workers=2)
+    loader.batches(0)
+    pids = workers_of(loader)
+    time.sleep(0.5)  # until they are stuck
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 5 and gone(pids)
+
+
+EXIT = """
+import time
+from dist_kd.contracts import World
+from dist_kd.data.index import open_data
+from dist_kd.data.loader import EvalLoader
+
+class Stuck:
+    def __call__(self, pixels):
+        time.sleep(1000)
+
+loader = EvalLoader(open_data({folder!r}), Stuck(), world=World(), batch_size=8, device="cpu", mean=(0.5,) * 3,
+                    std=(0.2,) * 3, workers=2, in_memory=False, timeout_s=1.0 if {timed} else 60.0)
+if {timed}:
+    next(loader.batches())
+loader._feed.start(loader._requests)
+print(*[worker.pid for worker in loader._feed._iterator._workers], flush=True)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_hung_workers_do_not_hold_up_an_exit(index, timed):
+    """Also when an error goes uncaught, or nobody calls close."""
+    code = EXIT.format(folder=str(index.folder), timed=timed)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "no batch came within" in done.stderr) == ((1, True) if timed else (0, False)), done.stderr
+    assert gone(map(int, done.stdout.split())) and time.monotonic() - start < 40
 
 
 def test_stop_signals_are_left_to_the_main_process(index, train):

@@ -176,3 +176,5 @@ def test_a_billion_samples_need_only_a_window():
 
 def test_equal_words_keep_their_order():
     assert permutation(np.array([3, 1, 3, 1], np.uint64)).tolist() == [1, 3, 0, 2]
+    words = np.arange(5000, dtype=np.uint64) % 2
+    assert permutation(words).tolist() == [*range(0, 5000, 2), *range(1, 5000, 2)]
