@@ -1,0 +1,77 @@
+"""What the loop may not do: wait for the device between log points, or go on with a loss that is not finite."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from walks.training import SETTINGS, train
+
+from dist_kd import loop
+from dist_kd.cli import parse
+from dist_kd.errors import DivergedError
+from dist_kd.run_folder import RunFolder
+from dist_kd.runtime import start_runtime
+from dist_kd.wiring import build_run
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host: on a GPU each would wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [(), ("--clip-norm", "1")])
+def test_no_host_sync_between_log_points(digits, tmp_path, clip):
+    words = [*SETTINGS, "--in-memory", "--workers", "0", "--data", str(digits), "--save-path", str(tmp_path), *clip]
+    parsed = parse(words, {})
+    run, _ = build_run(parsed, start_runtime(parsed.config), RunFolder(tmp_path))
+    batches = run.source.batches(0)
+    loop._train_step(run, batches)
+    ready = [next(batches) for _ in range(2 * run.plan.accum_steps)]  # the data path works on the host by nature
+    with HostReads() as reads:
+        loop._train_step(run, iter(ready))
+    assert reads.count == 0
+    with HostReads() as reads:
+        float(torch.ones(()))
+    assert reads.count == 1  # the counter counts
+    run.stop.uninstall()
+    run.source.close()
+    run.tracker.close("test")
+
+
+def test_a_diverged_run_stops_and_keeps_its_best(digits, tmp_path):
+    words = ["--in-memory", "--workers", "0"]
+    assert train(tmp_path, digits, *words, stop_at_batch=21) == "preempted"
+    latest = (tmp_path / "checkpoints" / "latest").read_text()
+
+    def broken(batches):
+        for batch in batches:
+            yield batch._replace(images=batch.images * float("nan"))
+
+    parsed = parse([*SETTINGS, *words, "--data", str(digits), "--save-path", str(tmp_path)], {})
+    run, _ = build_run(parsed, start_runtime(parsed.config), RunFolder(tmp_path))
+    inner = run.source
+
+    class Nan:
+        counters, spec = inner.counters, inner.spec
+
+        def batches(self, step):
+            return broken(inner.batches(step))
+
+    run.source = Nan()
+    with pytest.raises(DivergedError, match="nan"):
+        loop.fit(run)
+    inner.close()
+    run.stop.uninstall()
+    run.tracker.close("failed")
+    assert (tmp_path / "checkpoints" / "latest").read_text() == latest
+
+
+def test_a_time_limit_stops_it(digits, tmp_path):
+    assert train(tmp_path, digits, "--in-memory", "--workers", "0", "--time-limit", "0.0001") == "preempted"
+    assert train(tmp_path, digits, "--in-memory", "--workers", "0") == "done"
