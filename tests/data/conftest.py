@@ -9,6 +9,14 @@ import torch
 import webdataset
 from PIL import Image
 
+from dist_kd.contracts import World
+from dist_kd.data.index import build_index
+from dist_kd.data.loader import EvalLoader, TrainLoader
+from dist_kd.data.order import Order, choose_layout
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+SIZES = (7, 10, 5, 15)  # 37 samples: 3 steps of 12 and 1 left out
+
 torch.set_num_threads(1)
 
 
@@ -45,3 +53,62 @@ def shards(tmp_path):
 @pytest.fixture
 def make_image():
     return image_bytes
+
+
+class Shifted:
+    """A training view that depends on all it may depend on: a 6 x 6 corner, plus a number of epoch and sample."""
+
+    def __call__(self, pixels, epoch, sample):
+        return self.batch(pixels[None], epoch, np.array([sample]))[0]
+
+    def batch(self, pixels, epoch, samples):
+        shift = torch.from_numpy((samples * 7 + epoch * 31) % 256).to(torch.uint8)
+        return pixels[:, :, 1:7, 1:7] + shift.view(-1, 1, 1, 1)
+
+
+class Corner:
+    """An evaluation view."""
+
+    def __call__(self, pixels):
+        return pixels[:, :6, :6]
+
+    def batch(self, pixels):
+        return pixels[:, :, :6, :6]
+
+
+@pytest.fixture
+def shifted():
+    """The view of `train` where none is given."""
+    return Shifted()
+
+
+@pytest.fixture
+def index(shards):
+    """37 samples of 5 classes in 4 shards."""
+    paths = shards(SIZES)
+    return build_index(paths[0].parent, paths, name="x", classes=None)
+
+
+@pytest.fixture
+def train(request):
+    """train(index, ...) -> TrainLoader with small settings, closed at the end."""
+
+    def make(index, view=None, batch=12, layout=None, **how):
+        order = Order(index.spec.shard_sizes, batch, 3, *(layout or choose_layout(index.spec.shard_sizes, batch, True)))
+        how = {"world": World(), "micro_batch": 6, "workers": 0, "in_memory": False, "timeout_s": 30.0} | how
+        loader = TrainLoader(index, order, view or Shifted(), device="cpu", mean=MEAN, std=STD, **how)
+        request.addfinalizer(loader.close)
+        return loader
+
+    return make
+
+
+@pytest.fixture
+def evaluate(request):
+    def make(index, view=None, **how):
+        how = {"world": World(), "batch_size": 8, "workers": 0, "in_memory": False, "timeout_s": 30.0} | how
+        loader = EvalLoader(index, view or Corner(), device="cpu", mean=MEAN, std=STD, **how)
+        request.addfinalizer(loader.close)
+        return loader
+
+    return make

@@ -1,11 +1,6 @@
 import itertools
 import os
 import random
-import signal
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,66 +9,15 @@ import torch
 
 from dist_kd.contracts import World
 from dist_kd.data.index import build_index
-from dist_kd.data.loader import EvalLoader, TrainLoader
 from dist_kd.data.mix import Mix
-from dist_kd.data.order import Order, choose_layout
 from dist_kd.data.views import EvalView, TrainView
 from dist_kd.errors import ConfigError, DataError
 
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-SIZES = (7, 10, 5, 15)  # 37 samples: 3 steps of 12 and 1 left out
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # as in conftest.py
+SIZES = (7, 10, 5, 15)
 
 
-class Shifted:
-    """A training view that depends on all it may depend on: a 6 x 6 corner, plus a number of epoch and sample."""
-
-    def __call__(self, pixels, epoch, sample):
-        return self.batch(pixels[None], epoch, np.array([sample]))[0]
-
-    def batch(self, pixels, epoch, samples):
-        shift = torch.from_numpy((samples * 7 + epoch * 31) % 256).to(torch.uint8)
-        return pixels[:, :, 1:7, 1:7] + shift.view(-1, 1, 1, 1)
-
-
-class Corner:
-    """An evaluation view."""
-
-    def __call__(self, pixels):
-        return pixels[:, :6, :6]
-
-    def batch(self, pixels):
-        return pixels[:, :, :6, :6]
-
-
-@pytest.fixture
-def index(shards):
-    paths = shards(SIZES)
-    return build_index(paths[0].parent, paths, name="x", classes=None)
-
-
-@pytest.fixture
-def train(request):
-    """train(index, ...) -> TrainLoader with small settings, closed at the end."""
-
-    def make(index, view=None, batch=12, layout=None, **how):
-        order = Order(index.spec.shard_sizes, batch, 3, *(layout or choose_layout(index.spec.shard_sizes, batch, True)))
-        how = {"world": World(), "micro_batch": 6, "workers": 0, "in_memory": False, "timeout_s": 30.0} | how
-        loader = TrainLoader(index, order, view or Shifted(), device="cpu", mean=MEAN, std=STD, **how)
-        request.addfinalizer(loader.close)
-        return loader
-
-    return make
-
-
-@pytest.fixture
-def evaluate(request):
-    def make(index, view=None, **how):
-        how = {"world": World(), "batch_size": 8, "workers": 0, "in_memory": False, "timeout_s": 30.0} | how
-        loader = EvalLoader(index, view or Corner(), device="cpu", mean=MEAN, std=STD, **how)
-        request.addfinalizer(loader.close)
-        return loader
-
-    return make
+# conftest.py has the loaders' fixtures; a view of None is its Shifted
 
 
 def take(loader, step, count):
@@ -92,7 +36,7 @@ def same(a, b):
 # what a batch is
 
 
-def test_a_batch_is_what_the_parts_give(index, train):
+def test_a_batch_is_what_the_parts_give(index, train, shifted):
     loader = train(index, micro_batch=12)
     (batch,) = take(loader, 4, 1)  # step 4 is the second of epoch 1
     samples = loader._order.global_batch(4)
@@ -100,7 +44,7 @@ def test_a_batch_is_what_the_parts_give(index, train):
     assert batch.labels.tolist() == (samples % 5).tolist() and batch.labels.dtype == torch.int64
     assert batch.weights.tolist() == [1.0] * 12 and batch.soft_labels is None
     pixels = torch.stack([loader._feed.dataset.samples.pixels(sample) for sample in samples.tolist()])
-    views = Shifted().batch(pixels, 1, samples).double()
+    views = shifted.batch(pixels, 1, samples).double()
     expected = (views / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert batch.images.dtype == torch.float32
     assert (batch.images - expected).abs().max() < 1e-6
@@ -143,7 +87,7 @@ def test_resuming_anywhere_gives_the_rest(index, train, workers, in_memory):
 
 
 @pytest.mark.parametrize(
-    "view", [Shifted(), TrainView("rrc+flip", 6, 0), TrainView("crop+flip", 8, 0), TrainView("none", 5, 0)]
+    "view", [None, TrainView("rrc+flip", 6, 0), TrainView("crop+flip", 8, 0), TrainView("none", 5, 0)]
 )
 def test_memory_equals_tars(index, train, view):
     tars = take(train(index, view), 1, 8)
@@ -151,7 +95,7 @@ def test_memory_equals_tars(index, train, view):
         assert same(joined(take(train(index, view, in_memory=True, workers=workers), 1, 8)), joined(tars))
 
 
-@pytest.mark.parametrize("view", [Shifted(), TrainView("rrc+flip", 6, 0), TrainView("crop+flip", 8, 0)])
+@pytest.mark.parametrize("view", [None, TrainView("rrc+flip", 6, 0), TrainView("crop+flip", 8, 0)])
 def test_images_known_to_be_equal_are_viewed_together(index, train, evaluate, view):
     known = replace(index, image_size=8)
     assert same(joined(take(train(known, view), 1, 8)), joined(take(train(index, view), 1, 8)))
@@ -289,7 +233,7 @@ def test_the_first_bad_sample_ends_the_run(index, train, evaluate, workers):
 
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_keeps_its_place_if_it_may(index, train, evaluate, workers, in_memory, caplog):
+def test_a_bad_sample_keeps_its_place_if_it_may(index, train, evaluate, shifted, workers, in_memory, caplog):
     good = joined(take(train(index), 0, 6))
     for sample in (7, 8, 16):  # 7 begins its shard: the nearest earlier good one, cyclic, is 15 as 16 is bad too
         flip_a_byte(index, sample)
@@ -301,7 +245,7 @@ def test_a_bad_sample_keeps_its_place_if_it_may(index, train, evaluate, workers,
     assert torch.equal(shown[0][~bad], good[0][~bad])
     row = good[3].tolist().index(8)
     pixels = loader._feed.dataset.samples.pixels(15)
-    view = Shifted()(pixels, 0, 8).float().div(255)
+    view = shifted(pixels, 0, 8).float().div(255)
     assert torch.allclose(shown[0][row], (view - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
     assert shown[1][row] == 15 % 5  # its label belongs to what is shown
     assert loader.counters.bad == {"checksum": 3}
@@ -330,156 +274,3 @@ def test_a_cut_shard_ends_the_run_even_if_samples_may_be_bad(index, train, worke
     os.truncate(index.shard_path(3), 100)
     with pytest.raises(DataError, match=r"train-0003.tar`.* copy it again"):
         take(train(index, workers=workers, max_bad_fraction=1.0), 0, 6)
-
-
-# workers that die or hang
-
-
-def workers_of(loader):
-    return [worker.pid for worker in loader._feed._iterator._workers]
-
-
-def gone(pids):
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def test_a_killed_worker_is_a_data_error(index, train):
-    loader = train(index, workers=2)
-    batches = loader.batches(0)
-    next(batches)
-    pids = workers_of(loader)
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"loader process died \(.+\).*--workers"):
-        os.kill(pids[0], signal.SIGKILL)
-        for _ in batches:
-            pass
-    assert time.monotonic() - start < 10
-    loader.close()
-    assert gone(pids)
-    assert len(take(loader, 0, 3)) == 3  # the loader can be used again
-
-
-def test_a_worker_killed_while_the_main_process_computes(index, train):
-    loader = train(index, workers=2)
-    batches = loader.batches(0)
-    next(batches)
-    with pytest.raises(DataError, match=r"loader process died"):
-        os.kill(workers_of(loader)[1], signal.SIGKILL)
-        time.sleep(5)
-    loader.close()
-
-
-def test_a_killed_worker_seen_from_another_thread(index, train):
-    """Signals reach the main thread only; elsewhere the time limit finds the death."""
-    loader, found = train(index, workers=1, timeout_s=1.0), []
-
-    def run():
-        batches = loader.batches(0)
-        next(batches)
-        os.kill(workers_of(loader)[0], signal.SIGKILL)
-        try:
-            list(itertools.islice(batches, 50))
-        except DataError as error:
-            found.append(str(error))
-        loader.close()
-
-    old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(20)
-    finally:
-        signal.signal(signal.SIGCHLD, old)
-    assert len(found) == 1 and "loader process died" in found[0]
-
-
-class Stuck(Shifted):
-    def __call__(self, pixels, epoch, sample):
-        time.sleep(1000)
-
-
-def test_a_hung_worker_is_a_data_error_in_time(index, train):
-    loader = train(index, Stuck(), workers=2, timeout_s=0.5)
-    batches = loader.batches(0)
-    pids = workers_of(loader)
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"no batch came within `0.5` s from 2 loader processes .*--loader-timeout"):
-        next(batches)
-    assert time.monotonic() - start < 8
-    assert gone(pids)
-
-
-def test_hung_workers_do_not_hold_up_the_end(index, train):
-    loader = train(index, Stuck(), workers=2)
-    loader.batches(0)
-    pids = workers_of(loader)
-    time.sleep(0.5)  # until they are stuck
-    start = time.monotonic()
-    loader.close()
-    assert time.monotonic() - start < 5 and gone(pids)
-
-
-EXIT = """
-import time
-from dist_kd.contracts import World
-from dist_kd.data.index import open_data
-from dist_kd.data.loader import EvalLoader
-
-class Stuck:
-    def __call__(self, pixels):
-        time.sleep(1000)
-
-loader = EvalLoader(open_data({folder!r}), Stuck(), world=World(), batch_size=8, device="cpu", mean=(0.5,) * 3,
-                    std=(0.2,) * 3, workers=2, in_memory=False, timeout_s=1.0 if {timed} else 60.0)
-if {timed}:
-    next(loader.batches())
-loader._feed.start(loader._requests)
-print(*[worker.pid for worker in loader._feed._iterator._workers], flush=True)
-time.sleep(0.5)
-"""
-
-
-@pytest.mark.parametrize("timed", [False, True])
-def test_hung_workers_do_not_hold_up_an_exit(index, timed):
-    """Also when an error goes uncaught, or nobody calls close."""
-    code = EXIT.format(folder=str(index.folder), timed=timed)
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "no batch came within" in done.stderr) == ((1, True) if timed else (0, False)), done.stderr
-    assert gone(map(int, done.stdout.split())) and time.monotonic() - start < 40
-
-
-def test_stop_signals_are_left_to_the_main_process(index, train):
-    loader = train(index, workers=2)
-    batches = loader.batches(0)
-    first = next(batches)
-    for pid in workers_of(loader):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(pid, number)
-    rest = list(itertools.islice(batches, 20))
-    assert same(joined([first, *rest]), joined(take(train(index), 0, 21)))
-
-
-class Broken(Shifted):
-    def __call__(self, pixels, epoch, sample):
-        raise RuntimeError("a mistake in a view")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_mistakes_in_the_code_keep_their_traceback(index, train, workers):
-    with pytest.raises(RuntimeError, match="a mistake in a view"):
-        take(train(index, Broken(), workers=workers), 0, 1)
-
-
-def test_close_ends_the_workers(index, train):
-    loader = train(index, workers=2)
-    next(loader.batches(0))
-    pids = workers_of(loader)
-    loader.close()
-    assert gone(pids)
-    loader.close()

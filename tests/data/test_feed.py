@@ -1,0 +1,165 @@
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from dist_kd.errors import DataError
+
+# conftest.py has the loaders' fixtures
+
+
+def workers_of(loader):
+    return [worker.pid for worker in loader._feed._iterator._workers]
+
+
+def gone(pids):
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_killed_worker_is_a_data_error(index, train):
+    loader = train(index, workers=2)
+    batches = loader.batches(0)
+    next(batches)
+    pids = workers_of(loader)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"loader process died \(.+\).*--workers"):
+        os.kill(pids[0], signal.SIGKILL)
+        for _ in batches:
+            pass
+    assert time.monotonic() - start < 10
+    loader.close()
+    assert gone(pids)
+    assert len(list(itertools.islice(loader.batches(0), 3))) == 3  # the loader can be used again
+
+
+def test_a_worker_killed_while_the_main_process_computes(index, train):
+    loader = train(index, workers=2)
+    batches = loader.batches(0)
+    next(batches)
+    with pytest.raises(DataError, match=r"loader process died"):
+        os.kill(workers_of(loader)[1], signal.SIGKILL)
+        time.sleep(5)
+    loader.close()
+
+
+def test_a_killed_worker_seen_from_another_thread(index, train):
+    """Signals reach the main thread only; elsewhere the time limit finds the death."""
+    loader, found = train(index, workers=1, timeout_s=1.0), []
+
+    def run():
+        batches = loader.batches(0)
+        next(batches)
+        os.kill(workers_of(loader)[0], signal.SIGKILL)
+        try:
+            list(itertools.islice(batches, 50))
+        except DataError as error:
+            found.append(str(error))
+        loader.close()
+
+    old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(20)
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+    assert len(found) == 1 and "loader process died" in found[0]
+
+
+class Stuck:
+    def __call__(self, pixels, epoch, sample):
+        time.sleep(1000)
+
+
+def test_a_hung_worker_is_a_data_error_in_time(index, train):
+    loader = train(index, Stuck(), workers=2, timeout_s=0.5)
+    batches = loader.batches(0)
+    pids = workers_of(loader)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"no batch came within `0.5` s from 2 loader processes .*--loader-timeout"):
+        next(batches)
+    assert time.monotonic() - start < 8
+    assert gone(pids)
+
+
+def test_hung_workers_do_not_hold_up_the_end(index, train):
+    loader = train(index, Stuck(), workers=2)
+    loader.batches(0)
+    pids = workers_of(loader)
+    time.sleep(0.5)  # until they are stuck
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 5 and gone(pids)
+
+
+EXIT = """
+import time
+from dist_kd.contracts import World
+from dist_kd.data.index import open_data
+from dist_kd.data.loader import EvalLoader
+
+class Stuck:
+    def __call__(self, pixels):
+        time.sleep(1000)
+
+loader = EvalLoader(open_data({folder!r}), Stuck(), world=World(), batch_size=8, device="cpu", mean=(0.5,) * 3,
+                    std=(0.2,) * 3, workers=2, in_memory=False, timeout_s=1.0 if {timed} else 60.0)
+if {timed}:
+    next(loader.batches())
+loader._feed.start(loader._requests)
+print(*[worker.pid for worker in loader._feed._iterator._workers], flush=True)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_hung_workers_do_not_hold_up_an_exit(index, timed):
+    """Also when an error goes uncaught, or nobody calls close."""
+    code = EXIT.format(folder=str(index.folder), timed=timed)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "no batch came within" in done.stderr) == ((1, True) if timed else (0, False)), done.stderr
+    assert gone(map(int, done.stdout.split())) and time.monotonic() - start < 40
+
+
+def test_stop_signals_are_left_to_the_main_process(index, train):
+    loader = train(index, workers=2)
+    batches = loader.batches(0)
+    shown = [next(batches)]
+    for pid in workers_of(loader):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, number)
+    shown += itertools.islice(batches, 20)
+    expected = list(itertools.islice(train(index).batches(0), 21))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(shown, expected, strict=True))
+
+
+class Broken:
+    def __call__(self, pixels, epoch, sample):
+        raise RuntimeError("a mistake in a view")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mistakes_in_the_code_keep_their_traceback(index, train, workers):
+    with pytest.raises(RuntimeError, match="a mistake in a view"):
+        next(train(index, Broken(), workers=workers).batches(0))
+
+
+def test_close_ends_the_workers(index, train):
+    loader = train(index, workers=2)
+    next(loader.batches(0))
+    pids = workers_of(loader)
+    loader.close()
+    assert gone(pids)
+    loader.close()
