@@ -99,7 +99,7 @@ class Config(BaseModel):
     )
     workers: int = setting(
         2,
-        "Loader processes per training process; 0 loads in the main process.",
+        "Loader processes per training process; 0 loads in the main process, as sets in memory always do.",
         group=DATA,
         result=False,
         ge=0,

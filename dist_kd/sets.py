@@ -55,6 +55,18 @@ def keep_in_memory(config: Config, index: Index) -> bool:
     return memory.fits(index, MEMORY_BUDGET) if config.in_memory is None else config.in_memory
 
 
+def loader_settings(config: Config, index: Index) -> dict:
+    """How a loader of `index` works, the same for training and evaluation."""
+    in_memory = keep_in_memory(config, index)
+    return {
+        # whole batches of views are indexed out of memory faster than a worker could send them
+        "workers": 0 if in_memory else config.workers,
+        "in_memory": in_memory,
+        "channels_last": config.channels_last,
+        "timeout_s": config.loader_timeout,
+    }
+
+
 def data_lines(config: Config, train: Index, val: Index, order: Order, augment: str) -> list[str]:
     """What the header says of the data."""
     mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
@@ -85,11 +97,8 @@ def make_evaluator(
         device=runtime.device,
         mean=spec.mean,
         std=spec.std,
-        workers=config.workers,
-        in_memory=keep_in_memory(config, index),
-        channels_last=config.channels_last,
-        timeout_s=config.loader_timeout,
         limit=limit,
+        **loader_settings(config, index),
     )
     batches = math.ceil(loader.num_samples / config.device_batch_size)
     return Evaluator(

@@ -33,7 +33,7 @@ from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime, StopRequests, start_runtime
-from dist_kd.sets import data_lines, keep_in_memory, make_evaluator, open_sets
+from dist_kd.sets import data_lines, loader_settings, make_evaluator, open_sets
 from dist_kd.teacher import NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 
@@ -152,11 +152,8 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         device=runtime.device,
         mean=student_spec.mean,
         std=student_spec.std,
-        workers=config.workers,
-        in_memory=keep_in_memory(config, train),
         mix=Mix(config.mixup, config.cutmix, config.seed, train.spec.num_classes) if mixed else None,
-        channels_last=config.channels_last,
-        timeout_s=config.loader_timeout,
+        **loader_settings(config, train),
     )
     run = Run(
         plan=plan,
