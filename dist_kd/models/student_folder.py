@@ -32,23 +32,20 @@ class StudentConfig(NamedTuple):
     extra: dict[str, Any]
 
 
-def _timm_facts(net: Any, image_size: int) -> dict[str, Any]:
+def _timm_facts(net: Any) -> dict[str, Any]:
     """What timm needs to build its own network again; empty for other libraries' networks."""
     cfg = getattr(net, "pretrained_cfg", None)
     if not cfg:
         return {}
-    fixed = bool(cfg.get("fixed_input_size"))
     facts = {
         "architecture": cfg["architecture"],
         "num_features": net.num_features,
         "pretrained_cfg": {k: cfg[k] for k in ("first_conv", "classifier", "pool_size") if cfg.get(k) is not None}
-        | {"fixed_input_size": fixed, "custom_load": False},
+        | {"fixed_input_size": bool(cfg.get("fixed_input_size")), "custom_load": False},
     }
     pool = getattr(net, "global_pool", None)
     if isinstance(pool, str):
         facts["global_pool"] = pool
-    if fixed:
-        facts["model_args"] = {"img_size": image_size}
     return facts
 
 
@@ -56,11 +53,11 @@ def _config(network: Network, classes: tuple[str, ...], extra: dict[str, Any]) -
     import dist_kd
 
     spec: NetworkSpec = network.spec
-    facts = _timm_facts(network.net, spec.image_size)
+    facts = _timm_facts(network.net)
     return {
         "architecture": facts.get("architecture", spec.arch),
         "num_classes": spec.num_classes,
-        **{k: facts[k] for k in ("num_features", "global_pool", "model_args") if k in facts},
+        **{k: facts[k] for k in ("num_features", "global_pool") if k in facts},
         "label_names": list(classes),
         "pretrained_cfg": {
             "tag": "dist_kd",

@@ -31,7 +31,7 @@ def trained(arch: str, **options):
         ("resnet18_cifar", 32),
         ("efficientnet_b0", 32),
         ("torchvision/efficientnet_b0", 32),
-        ("vit_b_32", 64),
+        ("timm/vit_tiny_patch16_224", 48),
         ("timm/mobilenetv3_small_050", 64),
     ],
 )
