@@ -179,7 +179,9 @@ def _in_turn(
                 continue
             warm.discard(k)
             times[k].append(took)
-            enough = len(times[k]) >= REPEATS[0] and sum(times[k]) + took > seconds
+            # large batches can be slower than single images foretold: then fewer than the fewest
+            ahead = sum(times[k]) + took
+            enough = ahead > (seconds if len(times[k]) >= REPEATS[0] else 2 * seconds)
             if enough or len(times[k]) >= REPEATS[1]:
                 waiting.discard(k)
     return times
