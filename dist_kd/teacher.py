@@ -85,6 +85,8 @@ class Teacher:
     def _prepared(self, plain: nn.Module, channels_last: bool) -> nn.Module:
         """The network folded, lowered and in channels_last, if its logits agree with the plain one's."""
         try:
+            if plain.wants:
+                raise TypeError("tracing would lose the taps that the method reads")
             fast, folded = fold_batch_norm(plain), "batch norms folded"
         except Exception as error:  # torch.fx refuses networks with data-dependent control flow, in many ways
             fast, folded = copy.deepcopy(plain), f"batch norms not folded ({type(error).__name__})"

@@ -95,7 +95,7 @@ def test_a_prepared_network_that_disagrees_is_refused():
     class Plain(nn.Module):  # its copy gives other logits each time
         def __init__(self):
             super().__init__()
-            self.net = nn.Identity()
+            self.net, self.wants = nn.Identity(), frozenset()
 
         def forward(self, x):
             return ModelOutput(torch.randn(x.shape[0], 10), {})
