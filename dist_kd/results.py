@@ -14,8 +14,6 @@ from dist_kd.report import write_report
 from dist_kd.run_folder import RunFolder, versions
 from dist_kd.tracking.jsonl import read_metrics
 
-LATENCY_SECONDS = 0.5  # of timing per network and batch size: a run's end should not be a benchmark
-
 
 def network_line(role: str, spec, parameters: int) -> str:
     return (
@@ -173,9 +171,7 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
     student = models.build(network.spec.arch, classes, "none", image_size=size)
     spec = run.teacher.spec
     teacher = models.build(spec.arch, spec.num_classes, "none", image_size=spec.image_size) if spec else None
-    table = compression.compare(
-        teacher, student, size, teacher_image_size=spec.image_size if spec else None, seconds=LATENCY_SECONDS
-    )
+    table = compression.compare(teacher, student, size, teacher_image_size=spec.image_size if spec else None)
     folder.write("compression.json", table)
     run.runtime.say(compression.table(table))
     run.tracker.summary(result)
