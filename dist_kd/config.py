@@ -208,9 +208,9 @@ class Config(BaseModel):
     lr_step_epochs: float = setting(
         30.0, "Epochs between drops (step), or first period (restarts).", group=OPTIM, result=True, unit="epochs", gt=0
     )
-    lr_gamma: float = setting(
-        0.1,
-        "Factor of each drop (step), or growth of the period (restarts: 1 keeps it, 2 doubles it).",
+    lr_gamma: float | None = setting(
+        None,
+        "Factor of each drop (step; missing: 0.1), or growth of the period (restarts, at least 1; missing: 1).",
         group=OPTIM,
         result=True,
         gt=0,

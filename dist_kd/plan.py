@@ -106,6 +106,11 @@ def _split(config: Config, world_size: int) -> int:
     rank_batch = batch // world_size
     micro = micro_batch_size(rank_batch, config.device_batch_size, even)
     asked = min(rank_batch, config.device_batch_size)
+    if even and asked < 2:
+        raise ConfigError(
+            f"--device-batch-size `{config.device_batch_size}` must be at least 2 with mixup or cutmix, which mix rows "
+            "in pairs"
+        )
     if micro * 2 < asked:
         # a tiny divisor would silently make training many times slower than asked
         better = asked - asked % 2 if even else asked
@@ -134,9 +139,10 @@ def make_plan(config: Config, world_size: int, train_samples: int) -> Plan:
             f"--warmup-epochs `{config.warmup_epochs:g}` is {warmup} steps, but the whole training has {total}; "
             "shorten it or train longer"
         )
-    if config.schedule == "restarts" and config.lr_gamma < 1:
+    gamma = config.lr_gamma or (1.0 if config.schedule == "restarts" else 0.1)
+    if config.schedule == "restarts" and gamma < 1:
         raise ConfigError(
-            f"--lr-gamma `{config.lr_gamma:g}` would shrink the periods of --schedule restarts to nothing; use 1 or 2"
+            f"--lr-gamma `{gamma:g}` would shrink the periods of --schedule restarts to nothing; use 1 or 2"
         )
     return Plan(
         global_batch=config.batch_size,
@@ -153,5 +159,5 @@ def make_plan(config: Config, world_size: int, train_samples: int) -> Plan:
         schedule=config.schedule,
         lr_floor=config.lr_floor,
         lr_period=max(1, round(config.lr_step_epochs * per_epoch)),
-        lr_gamma=config.lr_gamma,
+        lr_gamma=gamma,
     )

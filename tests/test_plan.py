@@ -52,6 +52,7 @@ def test_layout_of_rows():
         ),
         (1, {"batch_size": 2000}, ["`2000`", "1000 samples", "`1000`"]),
         (1, {"batch_size": 25, "mixup": 0.2}, ["pairs", "`24`", "`26`"]),
+        (1, {"device_batch_size": 1, "mixup": 0.2}, ["at least 2"]),
         (1, {"warmup_epochs": 3}, ["30 steps"]),
         (1, {"schedule": "restarts", "lr_gamma": 0.5}, ["periods"]),
     ],

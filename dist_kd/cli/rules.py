@@ -149,8 +149,8 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     ),
     (
         ("lr_gamma", "schedule"),
-        lambda c: c.schedule == "restarts" and c.lr_gamma < 1,
-        "a factor of {lr_gamma:g} shrinks the periods of --schedule restarts to nothing; add --lr-gamma 1 or 2",
+        lambda c: c.schedule == "restarts" and c.lr_gamma is not None and c.lr_gamma < 1,
+        "a factor of {lr_gamma:g} shrinks the periods of --schedule restarts to nothing; use --lr-gamma 1 or 2",
     ),
     (
         ("device_batch_size", "mixup", "cutmix"),
