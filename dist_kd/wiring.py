@@ -22,7 +22,7 @@ from dist_kd.data.mix import Mix
 from dist_kd.data.order import Order, choose_layout
 from dist_kd.data.views import TrainView
 from dist_kd.ema import Average
-from dist_kd.errors import DistKDError
+from dist_kd.errors import ConfigError, DistKDError
 from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
 from dist_kd.loop import Run, fit
@@ -240,6 +240,16 @@ def _record(
     return folder.record_start(step=run.state.step, facts=facts, start=this)
 
 
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--save_path `{path}` cannot be written ({error.strerror or error}); give a folder that can"
+        ) from error
+
+
 def launched() -> bool:
     """Whether a launcher started this process: it would report any exit code but 0 as a crash."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -251,7 +261,7 @@ def run_training(parsed: Parsed) -> int:
     started = time.monotonic()
     runtime = start_runtime(config)
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
-    runtime.on_main(lambda: folder.path.mkdir(parents=True, exist_ok=True))
+    runtime.on_main(lambda: _make(folder.path))
     run: Run | None = None
     try:
         run, built = build_run(parsed, runtime, folder)

@@ -92,6 +92,9 @@ def test_refusals_before_anything_is_trained(digits, tmp_path, capsys):
         assert train(words) == code, words
         assert text in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    (tmp_path / "file").touch()
+    assert train([*base[:-1], str(tmp_path / "file" / "run"), "--no-kd"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_teacher_at_chance_is_a_loud_warning(digits, tmp_path, capsys):
