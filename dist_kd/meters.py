@@ -57,6 +57,7 @@ class Meters:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.names = ("loss", *loss_parts, "top1", "top5", "rows", "bad")
         self._sums = torch.zeros(len(self.names), dtype=dtype, device=device)
+        self._weights: dict[int, Tensor] = {}
         self.clock = Clock(device)
         self._since = time.perf_counter()
         self._steps = 0
@@ -66,10 +67,20 @@ class Meters:
         """Adds one micro-batch without a host sync. Hits are against hard labels, also under mixup."""
         rows = batch.labels.shape[0]
         top = terms.logits.topk(min(5, terms.logits.shape[1]), dim=1).indices
-        hits = (top == batch.labels[:, None]).to(self._sums.dtype) * batch.weights[:, None]
-        means = torch.stack([terms.total.detach(), *(terms.parts[n] for n in self.names[1:-4])]).to(self._sums.dtype)
-        counts = torch.stack([hits[:, 0].sum(), hits.sum(), batch.weights.sum(), (1 - batch.weights).sum()])
-        self._sums += torch.cat([means * rows, counts.to(self._sums.dtype)])
+        # few operations: on a GPU each is a launch, and a small network's step has few more
+        hits = batch.weights @ (top == batch.labels[:, None]).to(batch.weights.dtype)  # [5] hits by place
+        good = batch.weights.sum()
+        means = [terms.total, *(terms.parts[n] for n in self.names[1:-4])]
+        news = torch.stack([*means, hits[0], hits.sum(), good, rows - good])
+        self._sums.addcmul_(news.to(self._sums.dtype), self._weights_for(rows))
+
+    def _weights_for(self, rows: int) -> Tensor:
+        """What a micro-batch's numbers are multiplied with to be sums: means by its rows, counts by one."""
+        if rows not in self._weights:
+            counts = 4  # top1, top5, rows, bad
+            weights = [float(rows)] * (len(self.names) - counts) + [1.0] * counts
+            self._weights[rows] = torch.tensor(weights, dtype=self._sums.dtype, device=self._sums.device)
+        return self._weights[rows]
 
     def step_done(self) -> None:
         self._steps += 1
