@@ -113,8 +113,10 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
         if run.clip_norm is not None or plan.log_due(state.step + 1):
             limit = math.inf if run.clip_norm is None else run.clip_norm
             grad_norm = accelerator.clip_grad_norm_(run.learner.parameters(), limit)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        # Accelerate's wrapper scales losses; where none are scaled it only looks, twice a step, for a package: 0.2 ms
+        optimizer = run.optimizer if accelerator.scaler is not None else run.optimizer.optimizer
+        optimizer.step()
+        optimizer.zero_grad()
         if run.average is not None:
             run.average.update(run.student, state.step)
     state.skipped_steps += int(run.optimizer.step_was_skipped)  # fp16 only: Accelerate has read the scale already

@@ -187,10 +187,11 @@ class _Delivery:
             with self._ledger.open("a") as file:
                 file.write(" ".join(map(str, (rows.epoch, rows.step, *rows.samples.tolist()))) + "\n")
         # uint8 travels; a copy from pinned memory does not wait for the device
-        images = rows.images.to(self.device, non_blocking=self.pin).contiguous(memory_format=self.format)
+        # float first: torch moves floats into channels_last twice as fast as bytes
+        images = rows.images.to(self.device, non_blocking=self.pin).float().contiguous(memory_format=self.format)
         mean, std = self._constants(images)
         return Batch(
-            images=images.float().div_(255).sub_(mean).div_(std),
+            images=images.div_(255).sub_(mean).div_(std),
             labels=rows.labels.to(self.device, non_blocking=self.pin),
             weights=rows.weights.to(self.device, non_blocking=self.pin),
             samples=rows.samples.to(self.device, non_blocking=self.pin),
