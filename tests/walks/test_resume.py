@@ -64,3 +64,13 @@ def test_a_finished_run_is_finished(digits, tmp_path):
     before = final_state(tmp_path)
     assert train(tmp_path, digits, *MEMORY) == "done"
     assert_same(final_state(tmp_path), before)
+
+
+def test_a_checkpoint_of_another_folder_is_a_start(digits, tmp_path, uninterrupted):
+    """--resume PATH: a new folder goes on from an old one's checkpoint, and ends as the old one would have."""
+    assert train(tmp_path / "old", digits, *MEMORY, stop_at_batch=13) == "preempted"
+    assert train(tmp_path / "new", digits, *MEMORY, "--resume", str(tmp_path / "old")) == "done"
+    ours = final_state(tmp_path / "new")
+    first = ours["lines"][0]["step"]
+    rest = [line for line in uninterrupted["lines"] if line["step"] >= first and line["kind"] != "teacher"]
+    assert_same(ours, uninterrupted | {"lines": rest})
