@@ -42,5 +42,5 @@ done
 for run in teacher ce-0 ce-1 ce-2 kd-0 kd-1 kd-2; do
     dist-kd evaluate "$RUNS/$run" | sed "s/^/$run: /"
 done
-dist-kd report "$RUNS/teacher" "$RUNS"/ce-* "$RUNS"/kd-* -o "$RUNS/report.html"
+dist-kd report "$RUNS/teacher" "$RUNS"/{ce,kd}-[0-9] -o "$RUNS/report.html"
 said "evaluated and reported"
