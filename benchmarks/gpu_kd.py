@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         "teacher alone": lambda: teacher(batch.images),
         "student alone": lambda: _train_step(alone, batches),
     }
+    losses = {"ours": float(run.learner(batch, answer).total.detach()), "timm's": float(rivals["timm's KD step"]())}
     for _ in range(2):  # kernels are chosen, programs compiled
         for rival in rivals.values():
             rival()
@@ -181,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = [[name, times.ms(name).show("ms", 1)] for name in rivals]
     rows += [[name, ratio.show(digits=3) + ("" if steady else ", inconclusive")] for name, ratio in ratios.items()]
     rows.append(["our images per second", paired.Spread.of(speed).show(digits=0)])
+    # of the same weights and images; told apart by dropout, where a network has it, and by rounding: the prepared
+    # teacher's, and that of timm's softmax, which autocast leaves in bf16 on a CPU (not on a GPU)
+    rows.append(["first loss, ours and timm's", " and ".join(f"{loss:.4f}" for loss in losses.values())])
     what = (
         f"KD step of {config.arch} taught by {config.teacher_arch}, {config.batch_size} synthetic images of "
         f"{args.image_size} px on {runtime.device.type}, mixed precision {runtime.precision}"
@@ -192,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         "steady": steady,
         "rounds": times.wall,
         "teacher": teacher.notes,
+        "first_loss": losses,
     }
     table = paired.table(["", f"median [min - max] of {args.rounds} rounds x {args.calls}"], rows)
     paired.publish(what, facts, [table, *teacher.notes], results, args.json)

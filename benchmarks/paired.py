@@ -55,22 +55,31 @@ class Times(NamedTuple):
         return all(max(self.wall[name]) <= STEADY * min(self.wall[name]) for name in names)
 
 
-def take_turns(rivals: dict[str, Callable[[], Any]], rounds: int, calls: int, device: torch.device) -> Times:
-    """Every rival `calls` times in each round, after one untimed call; every other round runs backwards."""
+def take_turns(
+    rivals: dict[str, Callable[[], Any]], rounds: int, calls: int, device: torch.device, turn: int | None = None
+) -> Times:
+    """Every rival `calls` times in each round, `turn` calls at a time (default: all), every other turn backwards.
+
+    Short turns let slow drifts of the machine fall on all alike. Each begins with a call that is not timed: it finds
+    the processor's caches full of the rival before, as a loop that runs alone does not.
+    """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = Times({name: [] for name in rivals}, {name: [] for name in rivals})
-    for run in rivals.values():
-        run()
-    for number in range(rounds):
-        order = list(rivals.items())
-        for name, run in order if number % 2 == 0 else reversed(order):
-            wait()
-            wall, processor = time.perf_counter(), time.process_time()
-            for _ in range(calls):
+    order = list(rivals.items())
+    for _ in range(rounds):
+        for seconds in (*times.wall.values(), *times.processor.values()):
+            seconds.append(0.0)
+        for first in range(0, calls, turn or calls):
+            order.reverse()
+            for name, run in order:
                 run()
-            wait()
-            times.wall[name].append((time.perf_counter() - wall) / calls)
-            times.processor[name].append((time.process_time() - processor) / calls)
+                wait()
+                wall, processor = time.perf_counter(), time.process_time()
+                for _ in range(min(turn or calls, calls - first)):
+                    run()
+                wait()
+                times.wall[name][-1] += (time.perf_counter() - wall) / calls
+                times.processor[name][-1] += (time.process_time() - processor) / calls
     return times
 
 

@@ -1,0 +1,82 @@
+"""Each benchmark runs in a tiny configuration and says what it should. No times are judged here."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *flags], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script as its neighbours do, and forgets it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+def test_step(tmp_path):
+    from dist_kd.commands.pack import main as pack
+
+    pack(["digits", str(tmp_path / "digits"), "--limit-per-class", "30", "--jobs", "1"])
+    out = run(
+        *("step.py", "--data", str(tmp_path / "digits"), "--batch-size", "16", "--rounds", "2", "--steps", "3"),
+        *("--part-rounds", "1", "--json", str(tmp_path / "step.json")),
+    )
+    assert "trainer / bare, wall clock" in out and "| meters " in out
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert found["loss_difference"] < 1e-5  # both loops do the same
+    assert len(found["rounds"]["wall"]["bare"]) == 2 and found["ratio"]["wall"]["median"] > 0
+    assert found["parts_ms"]["trainer"]["teacher"] > 0 and found["machine"]["torch"] == torch.__version__
+
+
+def test_gpu_kd(tmp_path):
+    pytest.importorskip("timm")
+    out = run("gpu_kd.py", "--tiny", "--mixed-precision", "no", "--json", str(tmp_path / "gpu.json"))
+    assert "ours / timm's" in out and "ours / (teacher alone + student alone)" in out
+    losses = json.loads((tmp_path / "gpu.json").read_text())["first_loss"]
+    assert losses["ours"] == pytest.approx(losses["timm's"], rel=1e-4)  # both do the same work
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
+def test_gpu_kd_says_that_there_is_no_gpu(load, capsys):
+    assert load("gpu_kd").main([]) == 0
+    assert "not measured: no GPU at hand" in capsys.readouterr().out
+
+
+def test_teacher(load, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    load("teacher").main(["--tiny", "--rounds", "2", "--calls", "1", "--json", str(tmp_path / "teacher.json")])
+    assert "cnn_medium, none" in capsys.readouterr().out and torch.get_num_threads() == threads
+    (found,) = json.loads((tmp_path / "teacher.json").read_text())["teachers"]
+    assert found["saved_bytes"] == 0 and found["saved_bytes_plain_per_image"] > 0
+    assert 0 < found["distance"] < 0.1 and found["hits"] is None
+
+
+def test_turns_and_spreads(load):
+    paired = load("paired")
+    called = []
+    rivals = {name: (lambda name=name: called.append(name)) for name in "ab"}
+    times = paired.take_turns(rivals, rounds=2, calls=3, device=torch.device("cpu"), turn=2)
+    # two turns a round, of two calls and one, each after one that is not timed; every other turn backwards
+    assert "".join(called) == 2 * ("bbbaaa" + "aabb") and len(times.wall["a"]) == 2
+    times = paired.Times({"a": [2.0, 6.0, 3.0], "b": [1.0, 2.0, 2.0]}, {})
+    assert times.ratio("a", "b") == (2.0, 1.5, 3.0) and times.ms("b") == (2000.0, 1000.0, 2000.0)
+    assert not times.steady("a") and times.ratio("a", "b").show("x") == "2.00 [1.50 - 3.00] x"
+    assert paired.table(["a", "bb"], [["ccc", "d"]]) == "| a   | bb |\n| --- | -- |\n| ccc | d  |"
