@@ -13,7 +13,9 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.D
 
 
 def run(block: str, limit: float) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTEST_CURRENT_TEST")}
+    # as from a user's shell, also when the tests themselves were started by make
+    hidden = ("RANK", "WORLD_SIZE", "PYTEST_CURRENT_TEST", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    env = {k: v for k, v in os.environ.items() if k not in hidden}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block], cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit
     )
