@@ -145,7 +145,7 @@ def by_part(ours: OurLoop, bare: BareLoop, rounds: int, steps: int) -> dict[str,
     inside = [
         (watch, loop, "seed_networks", "seeding"),
         (watch, run.learner, "forward", "student and loss"),
-        (watch, accelerator, "backward", "backward"),
+        (watch, loop, "_backward", "backward"),
         (watch, accelerator, "clip_grad_norm_", "log"),  # for the logged norm
         (watch, run.meters, "add", "meters"),
         (watch, run.optimizer.optimizer, "step", "update"),

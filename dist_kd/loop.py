@@ -106,7 +106,7 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
             # gradients travel once per update, not once per micro-batch
             with nullcontext() if last else accelerator.no_sync(run.learner):
                 terms = run.learner(batch, teacher)
-                accelerator.backward(terms.total / plan.accum_steps)
+                _backward(terms.total if plan.accum_steps == 1 else terms.total / plan.accum_steps, accelerator.scaler)
         run.meters.add(terms, batch)
     with clock.part("student"):
         grad_norm = None
@@ -123,6 +123,11 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
     state.step += 1
     run.meters.step_done()
     return grad_norm
+
+
+def _backward(loss: torch.Tensor, scaler: Any) -> None:
+    """Gradients of the loss, scaled under fp16. Accelerate's own would divide it by 1 once more, and back."""
+    (loss if scaler is None else scaler.scale(loss)).backward()
 
 
 def _log(run: Run, grad_norm: torch.Tensor | None) -> None:

@@ -78,7 +78,8 @@ class MemorySamples:
 
     def stack(self, samples: np.ndarray) -> torch.Tensor:
         """uint8 [len(samples), 3, H, W], a copy. Only if `shape` is not None and none of the samples is bad."""
-        return self._buffer.view(-1, *self.shape, 3)[torch.from_numpy(samples)].permute(0, 3, 1, 2)
+        images = self._buffer.view(-1, *self.shape, 3)
+        return images.index_select(0, torch.from_numpy(samples)).permute(0, 3, 1, 2)
 
     def _view(self, sample: int) -> torch.Tensor:
         height, width = self._sizes[sample].tolist()
