@@ -124,8 +124,8 @@ class Sleepy(nn.Module):
 def test_a_batch_too_slow_is_left_out_and_time_is_bounded():
     start = time.monotonic()
     (found,) = latencies([Sleepy()], [8], seconds=0.3)
-    assert time.monotonic() - start < 15
-    assert 19 < found["latency_ms"]["1"] < 500 and found["latency_repeats"]["1"] < 20
+    assert time.monotonic() - start < 1.5
+    assert found["latency_ms"]["1"] == pytest.approx(20, rel=0.3) and found["latency_repeats"]["1"] < 20
     assert found["latency_ms"]["32"] is None and found["latency_repeats"]["32"] == 0
 
 

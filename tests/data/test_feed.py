@@ -37,7 +37,7 @@ def test_a_killed_worker_is_a_data_error(index, train):
         os.kill(pids[0], signal.SIGKILL)
         for _ in batches:
             pass
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 10
     loader.close()
     assert gone(pids)
     assert len(list(itertools.islice(loader.batches(0), 3))) == 3  # the loader can be used again
@@ -89,7 +89,7 @@ def test_a_hung_worker_is_a_data_error_in_time(index, train):
     start = time.monotonic()
     with pytest.raises(DataError, match=r"no batch came within `0.5` s from 2 loader processes .*--loader-timeout"):
         next(batches)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 8
     assert gone(pids)
 
 
@@ -100,7 +100,7 @@ def test_hung_workers_do_not_hold_up_the_end(index, train):
     time.sleep(0.5)  # until they are stuck
     start = time.monotonic()
     loader.close()
-    assert time.monotonic() - start < 30 and gone(pids)
+    assert time.monotonic() - start < 5 and gone(pids)
 
 
 EXIT = """

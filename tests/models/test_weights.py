@@ -208,7 +208,7 @@ class TestDownload:
             start = time.monotonic()
             with pytest.raises(ConfigError) as caught:
                 files.fetch(Published("IMAGENET1K_V2", VIEW, url=url), "resnet152", "--teacher-weights")
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 3
         text = str(caught.value)
         assert f"fetch `resnet152-f82ba261.pth` from {url}" in text
         assert "`--teacher-weights resnet152-f82ba261.pth`" in text and str(hub) in text

@@ -124,7 +124,7 @@ def test_without_a_key_the_run_is_offline_complete_and_can_be_resumed(tmp_path):
     assert b"do-not-store-me" not in written  # what else is on the command line stays here
 
     # training is not held up; the limits leave room for a busy machine
-    assert times["log"] < 5 and times["close"] < 10
+    assert times["log"] < 0.2 and times["close"] < 10
 
     again, _, _ = train(tmp_path, resumed_step=3)
     second = Path(again[0].rpartition(" ")[2])
@@ -213,7 +213,7 @@ def test_a_server_that_never_answers_costs_its_limit_and_no_more():
             client.connect_ex(("127.0.0.1", port))
         start = time.perf_counter()
         assert not reachable("127.0.0.1", port, seconds=0.5)
-        assert time.perf_counter() - start < 10 + CONNECT_SECONDS
+        assert time.perf_counter() - start < 0.5 + CONNECT_SECONDS
         for client in waiting:
             client.close()
 
