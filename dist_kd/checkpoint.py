@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,7 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
     return Snapshot(state, tensors, optimizer, facts)
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], ignored: Iterable[str] = ()) -> list[str]:
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`name: saved -> now` for each setting that differs."""
-    names = [n for n in sorted({*saved, *now}) if n not in set(ignored)]
+    names = sorted({*saved, *now})
     return [f"{n}: {saved.get(n)!r} -> {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -216,9 +216,3 @@ class StopRequests:
         """Removes the STOP file after it was obeyed, so that the next start goes on."""
         if self._runtime.world.is_main:
             self._file.unlink(missing_ok=True)
-
-
-def ignore_stop_signals(numbers: Iterable[int] = STOP_SIGNALS) -> None:
-    """For loader workers: the training process decides; a worker killed by the same signal would break the save."""
-    for number in numbers:
-        signal.signal(number, signal.SIG_IGN)
