@@ -113,6 +113,24 @@ class Config(BaseModel):
         300.0, "Longest wait for a batch before the run ends.", group=DATA, result=False, unit="seconds", gt=0
     )
 
+    cache_gb: float = setting(
+        100.0,
+        "Most that shards from other machines may take on this node's disk (in the folder DIST_KD_CACHE).",
+        group=DATA,
+        result=False,
+        unit="GB",
+        gt=0,
+    )
+    max_bad_fraction: float = setting(
+        0.01,
+        "Share of a set's samples that may be damaged (bytes, image or label) before the run stops; they count "
+        "nothing in the loss. 0 stops at the first.",
+        group=DATA,
+        result=False,
+        ge=0,
+        le=1,
+    )
+
     # models
     arch: str = setting(
         "efficientnet_b0", "Student network.", group=MODELS, result=True, aliases=("-a", "--model", "--student-arch")
@@ -246,6 +264,12 @@ class Config(BaseModel):
     )
     allow_changes: bool = setting(
         False, "Resume although settings that change the result differ.", group=RUN, result=False
+    )
+    allow_reshard: bool = setting(
+        False,
+        "Resume with another number of processes, or another micro-batch; the global batch stays.",
+        group=RUN,
+        result=False,
     )
     checkpoint_steps: int = setting(500, "Steps between checkpoints.", group=RUN, result=False, unit="steps", ge=1)
     keep: int = setting(2, "Checkpoints kept, besides the best.", group=RUN, result=False, ge=1)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dist_kd.commands.pack import count
 from dist_kd.data import finding
-from dist_kd.data.index import build_index, write_index
+from dist_kd.data.index import write_index
 from dist_kd.data.sources import read_class_list
+from dist_kd.data.survey import build_index
 from dist_kd.data.views import check_augment
 from dist_kd.errors import DataError
 

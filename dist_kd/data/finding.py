@@ -17,7 +17,8 @@ from pathlib import Path
 
 import braceexpand
 
-from dist_kd.data.index import Index, build_index, read_index, write_index
+from dist_kd.data.index import Index, read_index, write_index
+from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,12 @@
 """Owns the last part of the way to a network: order + samples + views -> batches on the device, normalized there.
 
 The main process computes which samples are wanted, so any step can come first; the workers of feed.py turn them into
-uint8 rows; here they are counted, moved and normalized.
+uint8 rows, and delivery.py counts, moves and normalizes them.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +15,12 @@ from torch import Tensor
 
 from dist_kd.contracts import Batch, DataCounters, DataSpec, World
 from dist_kd.data.decode import TarSamples
+from dist_kd.data.delivery import Delivery
 from dist_kd.data.feed import Feed, Request, Rows, Shown
 from dist_kd.data.index import Index
 from dist_kd.data.memory import MemorySamples
 from dist_kd.data.order import Order
-from dist_kd.errors import ConfigError, DataError
-
-log = logging.getLogger(__name__)
-
-LEDGER = "DIST_KD_LEDGER"  # folder to which each rank writes what it was given, one line a micro-batch
+from dist_kd.errors import ConfigError
 
 
 class TrainLoader:
@@ -63,7 +57,7 @@ class TrainLoader:
             raise ConfigError(f"micro-batch `{micro_batch}` is odd, but mixup and cutmix pair its rows")
         self.spec: DataSpec = index.spec
         self._order, self._micro_batch, self._mix, self._world = order, micro_batch, mix, world
-        self._delivery = _Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        self._delivery = Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=True, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, workers, timeout_s, pin=self._delivery.pin)
@@ -117,7 +111,7 @@ class EvalLoader:
             Request(0, number, chosen[number * batch_size : (number + 1) * batch_size])
             for number in range(world.rank, -(-self.num_samples // batch_size), world.world_size)
         ]
-        self._delivery = _Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        self._delivery = Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)
@@ -149,68 +143,3 @@ class _TrainRequests:
             for first in range(0, len(rows), self.micro_batch):
                 yield Request(self.order.epoch_of(step), step, rows[first : first + self.micro_batch])
             step += 1
-
-
-class _Delivery:
-    """Rows -> Batch on the device, with the account of what was bad and the ledger of what was given out."""
-
-    def __init__(
-        self,
-        index: Index,
-        world: World,
-        device: torch.device | str,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        channels_last: bool,
-        max_bad_fraction: float,
-    ):
-        self.device = torch.device(device)
-        self.pin = self.device.type == "cuda"
-        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(std, device=self.device).view(1, 3, 1, 1)
-        self._wide = self.mean, self.std
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.counters = DataCounters()
-        self.index, self.max_bad_fraction = index, max_bad_fraction
-        self._bad: set[int] = set()
-        folder = os.environ.get(LEDGER)
-        self._ledger = Path(folder) / f"rank{world.rank}.txt" if folder else None
-
-    def batch(self, rows: Rows) -> Batch:
-        """The batch on the device; DataError if more samples are bad than may be."""
-        if rows.failure:
-            raise DataError(rows.failure)
-        self.counters.retries += rows.retries
-        for sample, kind, sentence in rows.bad:
-            self._count_bad(sample, kind, sentence)
-        if self._ledger is not None:
-            with self._ledger.open("a") as file:
-                file.write(" ".join(map(str, (rows.epoch, rows.step, *rows.samples.tolist()))) + "\n")
-        # uint8 travels; a copy from pinned memory does not wait for the device
-        # float first: torch moves floats into channels_last twice as fast as bytes
-        images = rows.images.to(self.device, non_blocking=self.pin).float().contiguous(memory_format=self.format)
-        mean, std = self._constants(images)
-        return Batch(
-            images=images.div_(255).sub_(mean).div_(std),
-            labels=rows.labels.to(self.device, non_blocking=self.pin),
-            weights=rows.weights.to(self.device, non_blocking=self.pin),
-            samples=rows.samples.to(self.device, non_blocking=self.pin),
-        )
-
-    def _constants(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std as whole images [1, 3, S, S]: ten times as fast to subtract as three numbers, channels last."""
-        if self._wide[0].shape[1:] != images.shape[1:]:
-            wide = (value.expand(1, *images.shape[1:]) for value in (self.mean, self.std))
-            self._wide = tuple(value.contiguous(memory_format=self.format) for value in wide)
-        return self._wide
-
-    def _count_bad(self, sample: int, kind: str, sentence: str) -> None:
-        if kind not in self.counters.bad:
-            log.warning("%s. Its row counts nothing; further ones (%s) are counted, not named", sentence, kind)
-        self.counters.bad[kind] = self.counters.bad.get(kind, 0) + 1
-        self._bad.add(sample)
-        if len(self._bad) > self.max_bad_fraction * self.index.num_samples:
-            raise DataError(
-                f"{len(self._bad)} of {self.index.num_samples} samples are damaged, more than the share "
-                f"`{self.max_bad_fraction}` that may be; the last: {sentence}"
-            )

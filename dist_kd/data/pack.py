@@ -20,9 +20,10 @@ from pathlib import Path
 
 import xxhash
 
-from dist_kd.data.index import Index, build_index, read_index, write_index
+from dist_kd.data.index import Index, read_index, write_index
 from dist_kd.data.selection import cuts, hold_out, limited, shuffled, unique_keys
 from dist_kd.data.sources import Item, Source
+from dist_kd.data.survey import build_index
 from dist_kd.data.tar_writer import PART, Shard, write_shard
 from dist_kd.errors import ConfigError, DataError
 

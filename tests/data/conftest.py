@@ -10,9 +10,9 @@ import webdataset
 from PIL import Image
 
 from dist_kd.contracts import World
-from dist_kd.data.index import build_index
 from dist_kd.data.loader import EvalLoader, TrainLoader
 from dist_kd.data.order import Order, choose_layout
+from dist_kd.data.survey import build_index
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SIZES = (7, 10, 5, 15)  # 37 samples: 3 steps of 12 and 1 left out

@@ -10,7 +10,8 @@ import pytest
 import webdataset
 import xxhash
 
-from dist_kd.data.index import ROW, build_index, read_index, verify_index, write_index
+from dist_kd.data.index import ROW, read_index, write_index
+from dist_kd.data.survey import build_index, verify_index
 from dist_kd.errors import DataError
 
 

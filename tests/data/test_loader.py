@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_kd.contracts import World
-from dist_kd.data.index import build_index
 from dist_kd.data.mix import Mix
+from dist_kd.data.survey import build_index
 from dist_kd.data.views import EvalView, TrainView
 from dist_kd.errors import ConfigError, DataError
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from dist_kd.data.decode import TarSamples
-from dist_kd.data.index import build_index
 from dist_kd.data.memory import MemorySamples, decoded_bytes, fits
+from dist_kd.data.survey import build_index
 from dist_kd.data.tar_reader import BadSample
 
 

@@ -18,8 +18,9 @@ from PIL import Image
 from webdataset import tariterators
 
 from dist_kd.data import pack, selection
-from dist_kd.data.index import read_index, verify_index
+from dist_kd.data.index import read_index
 from dist_kd.data.sources import Item, Source, open_source
+from dist_kd.data.survey import verify_index
 from dist_kd.errors import ConfigError, DataError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_kd.data import tar_reader
-from dist_kd.data.index import build_index
+from dist_kd.data.survey import build_index
 from dist_kd.data.tar_reader import BadSample, TarReader
 from dist_kd.errors import DataError
 

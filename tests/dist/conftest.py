@@ -22,7 +22,8 @@ def _first(source: Path, dest: Path, count: int) -> int:
     """The first `count` samples of the shards in `source`, in shards of 100, indexed."""
     import webdataset as wds
 
-    from dist_kd.data.index import build_index, read_index, write_index
+    from dist_kd.data.index import read_index, write_index
+    from dist_kd.data.survey import build_index
     from dist_kd.data.tar_reader import TarReader
 
     index = read_index(source)
