@@ -92,8 +92,8 @@ def micro_batch_size(rank_batch: int, largest: int, even: bool) -> int:
     return next(fits, 0)
 
 
-def _split(config: Config, world_size: int) -> int:
-    """The micro-batch, or a ConfigError with numbers that work."""
+def micro_batch_of(config: Config, world_size: int) -> int:
+    """Rows that each of `world_size` devices sees at once, or a ConfigError with numbers that work."""
     batch, even = config.batch_size, bool(config.mixup or config.cutmix)
     unit = world_size * (2 if even else 1)
     if batch % unit:
@@ -123,6 +123,18 @@ def _split(config: Config, world_size: int) -> int:
     return micro
 
 
+def world_sizes(config: Config) -> list[int]:
+    """Numbers of processes that can share the global batch, ascending."""
+
+    def works(count: int) -> bool:
+        try:
+            return micro_batch_of(config, count) > 0
+        except ConfigError:
+            return False
+
+    return [count for count in range(1, config.batch_size + 1) if config.batch_size % count == 0 and works(count)]
+
+
 def make_plan(config: Config, world_size: int, train_samples: int) -> Plan:
     """The plan of a run, or a ConfigError that says which numbers would work."""
     if train_samples < config.batch_size:
@@ -130,7 +142,7 @@ def make_plan(config: Config, world_size: int, train_samples: int) -> Plan:
             f"--batch-size `{config.batch_size}` is larger than the training set of {train_samples} samples; "
             f"the largest that fits is `{train_samples // world_size * world_size}`"
         )
-    micro = _split(config, world_size)
+    micro = micro_batch_of(config, world_size)
     per_epoch = train_samples // config.batch_size
     total = config.max_steps or max(1, round(config.epochs * per_epoch))
     warmup = round(config.warmup_epochs * per_epoch)

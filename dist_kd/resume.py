@@ -10,6 +10,7 @@ from dist_kd import checkpoint
 from dist_kd.config import Config
 from dist_kd.errors import CheckpointError, ConfigError
 from dist_kd.loop import Run
+from dist_kd.plan import micro_batch_of, world_sizes
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime
 
@@ -52,22 +53,51 @@ def find_start(config: Config, folder: RunFolder, runtime: Runtime) -> Start:
     return runtime.on_main(look)
 
 
-def check_same_run(config: Config, start: Start, facts: dict[str, Any]) -> None:
+def check_same_run(config: Config, start: Start, settings: dict[str, Any], fingerprint: str) -> None:
     """Refuses to go on with another experiment under the same name."""
     if start.checkpoint is None:
         return
-    settings = checkpoint.differences(start.facts["settings"], facts["settings"])
-    layout = checkpoint.differences(start.facts["layout"], facts["layout"])
-    if start.facts["data"] != facts["data"]:
+    if start.facts["data"] != fingerprint:
         raise CheckpointError(
             f"the training data is not what `{start.checkpoint}` was trained on (fingerprint {start.facts['data']}, "
-            f"now {facts['data']}); restore the shards, or start anew with another --save_path"
+            f"now {fingerprint}); restore the shards, or start anew with another --save_path"
         )
-    if (settings or layout) and not config.allow_changes:
+    # of the largest micro-batch only what follows from it matters, and that is check_layout's
+    before, now = (
+        {k: v for k, v in s.items() if k != "device_batch_size"} for s in (start.facts["settings"], settings)
+    )
+    changed = checkpoint.differences(before, now)
+    if changed and not config.allow_changes:
         raise ConfigError(
             f"`{start.checkpoint}` was made with other settings that change the result: "
-            f"{'; '.join(settings + layout)}; use the old ones, another --save_path, or --allow-changes"
+            f"{'; '.join(changed)}; use the old ones, another --save_path, or --allow-changes"
         )
+
+
+def check_layout(config: Config, start: Start, world_size: int) -> str | None:
+    """One line on what changes with the number of processes or the micro-batch, if --allow-reshard lets them change."""
+    if start.checkpoint is None:
+        return None
+    layout, works = start.facts["layout"], world_sizes(config)
+    numbers = ", ".join(map(str, works))
+    processes = f"{layout['world_size']} -> {world_size} processes"
+    if world_size not in works:
+        raise ConfigError(
+            f"`{start.checkpoint}` cannot go on with {processes}: the global batch of `{config.batch_size}` stays, and "
+            f"with --device-batch-size `{config.device_batch_size}` it can be shared by {numbers or 'no number of'} "
+            "processes; start so many (another number than before needs --allow-reshard)"
+        )
+    micro = micro_batch_of(config, world_size)
+    if (world_size, micro) == (layout["world_size"], layout["micro_batch"]):
+        return None
+    change = f"{processes}, micro-batch {layout['micro_batch']} -> {micro}"
+    if not config.allow_reshard:
+        raise ConfigError(
+            f"`{start.checkpoint}` was made by other processes than these: {change}; start them as before, or add "
+            f"--allow-reshard: the global batch of `{config.batch_size}` stays, and {numbers} processes can share it"
+        )
+    norm = f"; batch norm works over {micro} rows instead" if micro != layout["micro_batch"] else ""
+    return f"reshard  {change}{norm}; the order of samples stays"
 
 
 def restore(run: Run, start: Start) -> None:

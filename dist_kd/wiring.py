@@ -30,7 +30,7 @@ from dist_kd.meters import Meters
 from dist_kd.methods import METHODS, build_method
 from dist_kd.optimizer import make_optimizer
 from dist_kd.plan import make_plan
-from dist_kd.resume import Start, check_same_run, find_start, restore
+from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime, StopRequests, start_runtime
 from dist_kd.sets import data_lines, loader_settings, make_evaluator, open_sets
@@ -92,8 +92,11 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     """The wired run, restored if there is something to resume, and the teacher's scores for the summary."""
     config, say = parsed.config, runtime.say
     train, val = open_sets(config, runtime)
-    plan = make_plan(config, runtime.world.world_size, train.spec.num_samples)
     start = find_start(config, folder, runtime)
+    settings = config.result_settings() | {"mixed_precision": runtime.precision}
+    check_same_run(config, start, settings, train.spec.fingerprint)
+    resharded = check_layout(config, start, runtime.world.world_size)
+    plan = make_plan(config, runtime.world.world_size, train.spec.num_samples)
     streams, window = (
         (start.facts["layout"]["streams"], start.facts["layout"]["window"])
         if start.checkpoint
@@ -107,9 +110,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         "micro_batch": plan.micro_batch,
         "left_out": order.left_out,
     }
-    settings = config.result_settings() | {"mixed_precision": runtime.precision}
     facts = {"layout": layout, "settings": settings, "data": train.spec.fingerprint}
-    check_same_run(config, start, facts)
 
     network = build_student(config, train.spec.num_classes)
     student_spec = network.spec
@@ -181,6 +182,8 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     teacher_parameters = sum(p.numel() for p in plain_teacher.parameters()) if plain_teacher else 0
     for line in results.header(config, run, layout, data_lines(config, train, val, order, augment), teacher_parameters):
         say(line)
+    if resharded:
+        say(resharded)
     run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, train, val, start))
     if runtime.world.is_main:
         if stop.remove_stale_file():

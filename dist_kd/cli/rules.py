@@ -136,6 +136,7 @@ IDLE: dict[str, Idle] = {
     "lr_floor": _unless("cosine", "restarts"),
     "wandb_project": Idle("wandb", lambda c: not c.wandb, "without --wandb; add it"),
     "allow_changes": Idle("resume", lambda c: c.allow_changes and c.resume == "never", "with --resume never"),
+    "allow_reshard": Idle("resume", lambda c: c.allow_reshard and c.resume == "never", "with --resume never"),
     "loader_timeout": Idle("workers", lambda c: c.workers == 0, "with --workers 0, where nothing is waited for"),
 }
 

@@ -27,6 +27,7 @@ import pytest
         ("--cutmix 1 --batch-size 33", "--batch-size", "`33` must be even"),
         ("--wandb-project p", "--wandb-project", "without --wandb"),
         ("--allow-changes --resume never", "--allow-changes", "with --resume never"),
+        ("--allow-reshard --resume never", "--allow-reshard", "with --resume never"),
         ("--workers 0 --loader-timeout 5", "--loader-timeout", "with --workers 0"),
         ("--cpu --mixed-precision fp16", "--mixed-precision", "fp16 needs a GPU"),
     ],
@@ -48,6 +49,7 @@ def test_contradictions_by_hand(problem, line, key, words):
         "--mixup 0.2 --batch-size 64 --device-batch-size 2",
         "--wandb --wandb-project p",
         "--allow-changes",
+        "--allow-reshard",
         "--cpu --mixed-precision bf16",
     ],
 )
