@@ -83,9 +83,9 @@ def check_layout(config: Config, start: Start, world_size: int) -> str | None:
     processes = f"{layout['world_size']} -> {world_size} processes"
     if world_size not in works:
         raise ConfigError(
-            f"`{start.checkpoint}` cannot go on with {processes}: the global batch of `{config.batch_size}` stays, and "
-            f"with --device-batch-size `{config.device_batch_size}` it can be shared by {numbers or 'no number of'} "
-            "processes; start so many (another number than before needs --allow-reshard)"
+            f"`{start.checkpoint}` cannot go on ({processes}): the global batch of `{config.batch_size}` stays, and with "
+            f"--device-batch-size `{config.device_batch_size}` it can be shared by {numbers or 'no number of'} "
+            f"processes; start so many, with --allow-reshard unless {layout['world_size']}"
         )
     micro = micro_batch_of(config, world_size)
     if (world_size, micro) == (layout["world_size"], layout["micro_batch"]):

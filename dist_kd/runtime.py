@@ -139,7 +139,9 @@ def start_runtime(config: Config) -> Runtime:
     group = None
     if world.world_size > 1:
         group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-    return Runtime(accelerator, world, accelerator.device, precision, origin, group)
+    # among several processes Accelerate numbers the CPU, which safetensors refuses
+    device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
+    return Runtime(accelerator, world, device, precision, origin, group)
 
 
 class StopRequests:
