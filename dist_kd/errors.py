@@ -7,6 +7,8 @@ DistKDError
   DivergedError     raised by loop: the loss is no longer finite (exit 5)
 """
 
+LONGEST_MESSAGE = 1500  # characters; a path may have 4096
+
 
 class DistKDError(Exception):
     """Base of all errors shown to the user without a traceback."""
@@ -23,10 +25,13 @@ class ConfigError(DistKDError):
 
 
 class DataError(DistKDError):
-    """Shards, an index or an image that are not what they should be."""
+    """Shards, an index or an image that are not what they should be. Its message is `one_line`: they name things."""
 
     exit_code = 3
     kind = "data"
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class CheckpointError(DistKDError):
@@ -41,3 +46,9 @@ class DivergedError(DistKDError):
 
     exit_code = 5
     kind = "diverged"
+
+
+def one_line(message: str) -> str:
+    """The message as one printable line: other characters as escapes, the middle of a very long one left out."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 400]} [...] {line[-400:]}"
