@@ -7,15 +7,17 @@ into memory, so that all workers of a machine share it.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from mmap import mmap
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import xxhash
@@ -30,12 +32,21 @@ __all__ = [
     "ShardInfo",
     "checksum",
     "open_data",
+    "read_facts",
     "read_index",
     "write_index",
 ]
 
 SCHEMA = 1
 HASHED_ROWS = 1 << 20  # rows copied at a time while they are digested
+MAX_JSON = 64 << 20  # bytes of an index.json: 150,000 shards; parsed, it may take forty times as much
+# The beginning of index.npy as numpy writes it. Matched, never evaluated: nothing in it can name another type or size.
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': "
+    + re.escape(repr(ROW.descr).encode())
+    + rb", 'fortran_order': False, 'shape': \((?P<count>[0-9]{1,15}),\), \} *\n",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +113,7 @@ class Index:
 
     def __setstate__(self, state: dict) -> None:
         if isinstance(state["rows"], Path):
-            state["rows"] = np.load(state["rows"], mmap_mode="r", allow_pickle=False)
+            state["rows"] = _mapped_rows(state["rows"])
         self.__dict__.update(state)
 
 
@@ -130,32 +141,47 @@ def write_index(index: Index, place: Path | None = None, **extra) -> None:
     _replace(place / "index.json", lambda file: file.write(text.encode()))
 
 
+def read_facts(path: Path) -> dict:
+    """What an index.json says. OSError if it is no readable file, ValueError if no JSON object of a sane size."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"it has {size} bytes, but at most {MAX_JSON} are read")
+    try:
+        facts = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(facts, dict):
+        raise ValueError("it is no JSON object")
+    return facts
+
+
 def read_index(folder: Path) -> Index:
-    """The index in a folder. DataError if it is missing, not ours, or its two files do not belong together."""
+    """The index in a folder. DataError if it is missing, not ours, or its two files do not belong together.
+
+    Shards named in it lie in its folder, unless it says `folder`, as one that `dist-kd index --output` wrote does.
+    """
     path, remedy = Path(folder) / "index.json", f"write it again: `dist-kd index {folder}`"
     try:
-        facts = json.loads(path.read_text())
+        facts = read_facts(path)
     except FileNotFoundError:
         raise DataError(f"`{folder}` has no index.json; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"`{path}` cannot be read ({error}); {remedy}") from None
-    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
-        found = facts.get("schema") if isinstance(facts, dict) else None
-        raise DataError(f"`{path}` has schema `{found}`, but this version reads {SCHEMA}; {remedy}")
+    if facts.get("schema") != SCHEMA:
+        raise DataError(f"`{path}` has schema `{facts.get('schema')}`, but this version reads {SCHEMA}; {remedy}")
     try:
-        rows = np.load(path.with_name("index.npy"), mmap_mode="r", allow_pickle=False)
-        shards = tuple(ShardInfo(s["name"], s["bytes"], s["sha256"], s["samples"]) for s in facts["shards"])
         index = Index(
-            folder=Path(facts.get("folder", path.parent)),
-            name=facts["name"],
-            classes=tuple(facts["classes"]),
-            shards=shards,
-            rows=rows,
-            augment=facts["augment"],
-            image_size=facts["image_size"],
+            folder=Path(_text(facts["folder"])) if "folder" in facts else path.parent,
+            name=_text(facts["name"]),
+            classes=tuple(_text(name) for name in facts["classes"]),
+            shards=tuple(_shard(shard, anywhere="folder" in facts) for shard in facts["shards"]),
+            rows=_mapped_rows(path.with_name("index.npy")),
+            augment=_text(facts["augment"]),
+            image_size=None if facts["image_size"] is None else _count(facts["image_size"], least=1),
         )
-        well = rows.dtype == ROW and rows.ndim == 1 and len(rows) == sum(shard.samples for shard in shards)
-        fits = well and index.fingerprint == facts["fingerprint"]
+        _check_rows(index)
+        fits = index.fingerprint == facts["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index in `{folder}` is damaged ({type(error).__name__}: {error}); {remedy}") from None
     if not fits:
@@ -168,6 +194,54 @@ def open_data(where: str) -> Index:
     from dist_kd.data.finding import find_index  # the other direction too: it reads and writes indexes
 
     return find_index(where)
+
+
+def _mapped_rows(path: Path) -> np.ndarray:
+    """The rows of an index.npy [N], mapped. ValueError if it is anything but what `write_index` writes."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    with open(path, "rb") as file:
+        match = NPY_HEADER.match(file.read(4096))
+    if match is None:
+        raise ValueError("index.npy does not begin as ours do")
+    start, count = 10 + int.from_bytes(match["length"], "little"), int(match["count"])
+    if start != match.end() or not count or path.stat().st_size != start + count * ROW.itemsize:
+        raise ValueError(f"index.npy does not hold the {count} rows that it says")
+    return np.memmap(path, ROW, "r", start, (count,))
+
+
+def _check_rows(index: Index) -> None:
+    """ValueError if rows do not fit the shards: another number, bytes outside of their shard, or labels of no class."""
+    if len(index.rows) != (index.ends[-1] if index.ends else 0):
+        raise ValueError(f"index.npy has {len(index.rows)} rows where the shards have {sum(index.ends[-1:])} samples")
+    for number, shard in enumerate(index.shards):
+        rows = index.shard_rows(number)
+        # compared without a sum, which could overflow
+        if (rows["offset"] > shard.bytes).any() or (rows["length"] > shard.bytes - rows["offset"]).any():
+            raise ValueError(f"rows lie behind the {shard.bytes} bytes of shard `{shard.name}`")
+    if (rows := index.rows["label"].max()) >= len(index.classes):
+        raise ValueError(f"it has label {rows}, but {len(index.classes)} classes")
+
+
+def _shard(facts: dict, *, anywhere: bool) -> ShardInfo:
+    """One shard as index.json tells of it. ValueError or TypeError if that is no shard, or outside of the folder."""
+    name = _text(facts["name"])
+    path = PurePosixPath(name)
+    if not anywhere and (path.is_absolute() or ".." in path.parts or re.match(r"[a-zA-Z0-9+.-]+:", name)):
+        raise ValueError(f"shard `{name}` is outside of the index's folder")
+    return ShardInfo(name, _count(facts["bytes"]), _text(facts["sha256"]), _count(facts["samples"]))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise TypeError(f"`{value!r:.100}` where a text belongs")
+    return value
+
+
+def _count(value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**60:
+        raise TypeError(f"`{value!r:.100}` where a number of at least {least} belongs")
+    return value
 
 
 def _replace(path: Path, write: Callable) -> None:

@@ -285,7 +285,7 @@ def test_an_index_that_is_not_well_is_refused(shards):
 
     rows_path.write_bytes(rows[:-1]), refused("damaged")
     rows_path.write_bytes(flipped(rows, len(rows) - 1)), refused("do not belong together")
-    np.save(rows_path, np.zeros(17)), refused("do not belong together")
+    np.save(rows_path, np.zeros(17)), refused("damaged")
     np.save(rows_path, np.array([{}] * 17), allow_pickle=True), refused("damaged")
     rows_path.unlink(), refused("damaged")
     json_path.write_text(text[:50]), refused("cannot be read")
