@@ -1,55 +1,13 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from data.plain_order import philox
 
 from dist_kd.data.order import PIECES, WINDOW, Order, choose_layout, permutation, random_words
 from dist_kd.errors import ConfigError
 
-# by plain_epoch below
+# by plain_order.py
 GOLDEN_FULL = [[6, 4, 0, 9], [7, 10, 2, 5], [11, 3, 8, 1]]
 GOLDEN_WINDOWS = [[2, 5, 10, 9], [4, 8, 11, 1], [6, 7, 3, 0]]
-
-
-def philox(seed, epoch, purpose, count, stream=0, window=0):
-    """Philox4x64-10 (Salmon et al. 2011) in plain integers: an independent program for the golden values."""
-    words, mask = [], 2**64 - 1
-    block = 0
-    while len(words) < count:
-        block += 1  # numpy counts up before the first block
-        c, k = [block, window, stream, purpose], [seed, epoch]
-        for _ in range(10):
-            p0, p1 = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
-            c = [p1 >> 64 ^ c[1] ^ k[0], p1 & mask, p0 >> 64 ^ c[3] ^ k[1], p0 & mask]
-            k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
-        words += c
-    return words[:count]
-
-
-def plain_epoch(sizes, batch, seed, streams, window, epoch):
-    """The construction of an epoch, written once more with lists: pieces, rotation, streams, windows."""
-    pieces, first = [], 0
-    for size in sizes:
-        samples = list(range(first, first + size))
-        pieces += [samples[cut : cut + window] for cut in range(0, size, window)]
-        first += size
-    words = philox(seed, epoch, 1, len(pieces))
-    laid = [sample for piece in sorted(range(len(pieces)), key=lambda i: (words[i], i)) for sample in pieces[piece]]
-    rotation = philox(seed, epoch, 2, 1)[0] % len(laid)
-    laid = laid[rotation:] + laid[:rotation]
-    steps = len(laid) // batch
-    length = steps * batch // streams
-    shuffled = []
-    for stream in range(streams):
-        positions = laid[stream * length : (stream + 1) * length]
-        out = []
-        for number, cut in enumerate(range(0, length, window)):
-            part = positions[cut : cut + window]
-            words = philox(seed, epoch, 3, len(part), stream, number)
-            out += [part[i] for i in sorted(range(len(part)), key=lambda i: (words[i], i))]
-        shuffled.append(out)
-    share = batch // streams
-    return [[s for out in shuffled for s in out[k * share : (k + 1) * share]] for k in range(steps)]
 
 
 def test_words_are_those_of_philox():
@@ -68,78 +26,12 @@ def test_golden_streams_and_windows():
     assert order.epoch_order(2).tolist() == GOLDEN_WINDOWS
 
 
-LAYOUTS = st.tuples(
-    st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(sum),
-    st.integers(1, 24),
-    st.integers(0, 2**31 - 1),
-    st.integers(1, 6),
-    st.integers(1, 60),
-).filter(lambda v: v[1] % v[3] == 0 and sum(v[0]) >= v[1])
-
-
-@settings(max_examples=150, deadline=None)
-@given(LAYOUTS, st.integers(0, 3))
-def test_equal_to_the_plain_construction(layout, epoch):
-    sizes, batch, seed, streams, window = layout
-    order = Order(tuple(sizes), batch, seed, streams, window)
-    assert order.epoch_order(epoch).tolist() == plain_epoch(sizes, batch, seed, streams, window, epoch)
-
-
-@settings(max_examples=150, deadline=None)
-@given(LAYOUTS, st.integers(0, 3))
-def test_each_sample_at_most_once_an_epoch(layout, epoch):
-    sizes, batch, seed, streams, window = layout
-    order = Order(tuple(sizes), batch, seed, streams, window)
-    shown = order.epoch_order(epoch)
-    assert shown.shape == (sum(sizes) // batch, batch)
-    assert len(np.unique(shown)) == shown.size == sum(sizes) - order.left_out
-    assert shown.min() >= 0 and shown.max() < sum(sizes)
-
-
-@settings(max_examples=100, deadline=None)
-@given(LAYOUTS, st.integers(0, 200))
-def test_ranks_share_the_global_batch(layout, step):
-    sizes, batch, seed, streams, window = layout
-    order = Order(tuple(sizes), batch, seed, streams, window)
-    whole = order.global_batch(step).tolist()
-    fresh = Order(tuple(sizes), batch, seed, streams, window)  # nothing computed before
-    for ranks in (ranks for ranks in range(1, batch + 1) if batch % ranks == 0):
-        rows = [fresh.rank_rows(step, rank, ranks).tolist() for rank in reversed(range(ranks))]
-        assert [sample for part in reversed(rows) for sample in part] == whole
-
-
-@settings(max_examples=50, deadline=None)
-@given(LAYOUTS, st.lists(st.integers(0, 100), min_size=1, max_size=10))
-def test_steps_can_be_asked_in_any_order(layout, steps):
-    sizes, batch, seed, streams, window = layout
-    order = Order(tuple(sizes), batch, seed, streams, window)
-    for step in steps:
-        fresh = Order(tuple(sizes), batch, seed, streams, window)
-        assert order.global_batch(step).tolist() == fresh.global_batch(step).tolist()
-
-
 def test_epochs_and_seeds_differ():
     order = Order((50, 47), 8, seed=3, streams=1, window=97)
     epochs = [order.epoch_order(epoch) for epoch in range(4)]
     assert order.steps_per_epoch == 12 and order.left_out == 1 and order.epoch_of(12) == 1
     assert not any(np.array_equal(a, b) for i, a in enumerate(epochs) for b in epochs[:i])
     assert not np.array_equal(epochs[0], Order((50, 47), 8, 4, 1, 97).epoch_order(0))
-
-
-def test_one_shard_leaves_out_another_rest_each_epoch():
-    order = Order((1003,), 100, seed=0, streams=1, window=1003)
-    rests = {frozenset(range(1003)) - frozenset(order.epoch_order(epoch).ravel().tolist()) for epoch in range(8)}
-    assert len(rests) >= 7 and all(len(rest) == 3 for rest in rests)
-
-
-def test_every_sample_gets_its_turn_in_every_place():
-    """Mean place in the epoch of each sample over 400 epochs: within 6 sigma of the middle, full shuffle or not."""
-    for streams, window in ((1, 60), (2, 24)):
-        order = Order((20, 20, 20), 4, 11, streams, window)
-        places = np.zeros(60)
-        for epoch in range(400):
-            places[order.epoch_order(epoch).ravel()] += np.arange(60)
-        assert abs(places / 400 - 29.5).max() < 6 * (60 / 12**0.5) / 400**0.5
 
 
 def test_a_window_mixes_only_a_few_shards():
