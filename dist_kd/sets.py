@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dist_kd.config import Config
 from dist_kd.contracts import NetworkSpec
 from dist_kd.data import memory, sources
-from dist_kd.data.index import Index, open_data
+from dist_kd.data.finding import open_data
+from dist_kd.data.index import Index
 from dist_kd.data.loader import EvalLoader
 from dist_kd.data.order import Order
 from dist_kd.data.pack import split_folder

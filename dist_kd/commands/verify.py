@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from dist_kd.commands.pack import count
-from dist_kd.data.index import open_data
+from dist_kd.data.finding import open_data
 from dist_kd.data.sources import ensure_known
 from dist_kd.data.survey import verify_index
 from dist_kd.errors import DataError

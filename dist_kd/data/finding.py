@@ -28,7 +28,7 @@ JOBS = 8  # most processes that index shards on their first use
 SMALL_BYTES = 64 << 20  # shards below this in all are indexed without further processes
 
 
-def find_index(where: str) -> Index:
+def open_data(where: str) -> Index:
     """The index of the shards `where` names. DataError says what was looked for and what to do."""
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|pipe:", where):
         raise DataError(f"data `{where}` is remote, but shards are read from local files; copy them first")

@@ -1,7 +1,8 @@
 """Owns what is in the shards: the index beside them, how it is written, read and found. No torch.
 
 index.json: classes and shards, a superset of webdataset's `wids` index. index.npy: one 20-byte row a sample, mapped
-into memory, so that all workers of a machine share it.
+into memory, so that all workers of a machine share it. The shards themselves may lie on another machine: then they
+are opened through this machine's cache.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from mmap import mmap
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -26,12 +28,14 @@ from dist_kd.contracts import DataSpec
 from dist_kd.data.tar_scan import ROW, ShardInfo, checksum
 from dist_kd.errors import DataError
 
+if TYPE_CHECKING:
+    from dist_kd.data.shard_cache import ShardCache
+
 __all__ = [
     "ROW",
     "Index",
     "ShardInfo",
     "checksum",
-    "open_data",
     "read_facts",
     "read_index",
     "write_index",
@@ -53,13 +57,15 @@ NPY_HEADER = re.compile(
 class Index:
     """A set of samples: sample numbers 0..N-1 run through the shards in order. Pickles as a path if mapped."""
 
-    folder: Path  # shard names are relative to it
+    folder: Path  # shard names are relative to it, or to `url`
     name: str
     classes: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
     rows: np.ndarray  # [N] of ROW
     augment: str = "none"  # the augmentation this set is usually trained with
     image_size: int | None = None  # side in pixels if all images are squares of one size
+    url: str = ""  # the folder's address if the shards are on another machine; a name may be an address of its own
+    cache: ShardCache | None = None  # the way to such shards
 
     @property
     def num_samples(self) -> int:
@@ -87,7 +93,26 @@ class Index:
         return list(accumulate(shard.samples for shard in self.shards))
 
     def shard_path(self, shard: int) -> Path:
+        """Of a shard on this machine."""
         return self.folder / self.shards[shard].name
+
+    def location(self, shard: int) -> str:
+        """How messages name a shard: its path, or its address without secrets."""
+        return self._address(shard) if self.url else str(self.shard_path(shard))
+
+    def open_shard(self, shard: int) -> int:
+        """A descriptor of the whole shard, to be closed. OSError if it is local and cannot be opened.
+
+        A remote one is first fetched into the cache, unless it is there: DataError within the cache's time limit.
+        """
+        if not self.url:
+            return os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        info = self.shards[shard]
+        return self.cache.open(self._address(shard), info.bytes or None, info.sha256 or None)
+
+    def _address(self, shard: int) -> str:
+        name = self.shards[shard].name
+        return name if "://" in name else f"{self.url}/{name}"
 
     def locate(self, sample: int) -> tuple[int, np.void]:
         """(shard number, row) of a sample."""
@@ -103,7 +128,7 @@ class Index:
         shards = list(shards)
         rows = np.concatenate([self.shard_rows(i) for i in shards])
         chosen = tuple(self.shards[i] for i in shards)
-        return Index(self.folder, self.name, self.classes, chosen, rows, self.augment, self.image_size)
+        return replace(self, shards=chosen, rows=rows)
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -134,7 +159,9 @@ def write_index(index: Index, place: Path | None = None, **extra) -> None:
         "shards": [vars(shard) for shard in index.shards],
         "shardlist": [{"url": s.name, "nsamples": s.samples, "filesize": s.bytes} for s in index.shards],
     }
-    if place.absolute() != index.folder.absolute():
+    if index.url:
+        facts["url"] = index.url
+    elif place.absolute() != index.folder.absolute():
         facts["folder"] = str(index.folder.absolute())
     _replace(place / "index.npy", lambda file: np.save(file, np.asarray(index.rows), allow_pickle=False))
     text = json.dumps(facts | extra, indent=1) + "\n"
@@ -156,10 +183,11 @@ def read_facts(path: Path) -> dict:
     return facts
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path, cache: ShardCache | None = None) -> Index:
     """The index in a folder. DataError if it is missing, not ours, or its two files do not belong together.
 
-    Shards named in it lie in its folder, unless it says `folder`, as one that `dist-kd index --output` wrote does.
+    Shards named in it lie in its folder, unless it says `folder` or `url`, as one that `dist-kd index --output` wrote
+    does. `cache` is the way to shards on another machine.
     """
     path, remedy = Path(folder) / "index.json", f"write it again: `dist-kd index {folder}`"
     try:
@@ -175,10 +203,12 @@ def read_index(folder: Path) -> Index:
             folder=Path(_text(facts["folder"])) if "folder" in facts else path.parent,
             name=_text(facts["name"]),
             classes=tuple(_text(name) for name in facts["classes"]),
-            shards=tuple(_shard(shard, anywhere="folder" in facts) for shard in facts["shards"]),
+            shards=tuple(_shard(shard, anywhere="folder" in facts or "url" in facts) for shard in facts["shards"]),
             rows=_mapped_rows(path.with_name("index.npy")),
             augment=_text(facts["augment"]),
             image_size=None if facts["image_size"] is None else _count(facts["image_size"], least=1),
+            url=_text(facts["url"]) if "url" in facts else "",
+            cache=cache if "url" in facts else None,
         )
         _check_rows(index)
         fits = index.fingerprint == facts["fingerprint"]
@@ -187,13 +217,6 @@ def read_index(folder: Path) -> Index:
     if not fits:
         raise DataError(f"index.json and index.npy in `{folder}` do not belong together; {remedy}")
     return index
-
-
-def open_data(where: str) -> Index:
-    """The index of a folder, a brace pattern, a comma-separated list of shards, or one tar; see finding.py."""
-    from dist_kd.data.finding import find_index  # the other direction too: it reads and writes indexes
-
-    return find_index(where)
 
 
 def _mapped_rows(path: Path) -> np.ndarray:

@@ -6,8 +6,10 @@ same on any number of ranks and workers. The steps of the construction are numbe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import zip_longest
 
 import numpy as np
 
@@ -114,6 +116,37 @@ class Order:
         """Sample numbers [steps_per_epoch, batch] int64 of an epoch. For small sets: it is held whole."""
         first = epoch * self.steps_per_epoch
         return np.stack([self.global_batch(step) for step in range(first, first + self.steps_per_epoch)])
+
+    def streams_of(self, first_rank: int, ranks: int, world_size: int) -> range:
+        """The streams that `ranks` processes from `first_rank` on take rows of."""
+        share, rows = self.batch // self.streams, self.batch // world_size
+        return range(first_rank * rows // share, -(-(first_rank + ranks) * rows // share))
+
+    def shards_ahead(self, step: int, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
+        """Endless (first step that may want it, shard) of one rank's streams from a step on; steps never fall.
+
+        Those of a window come together, as its samples are permuted; computes pieces and positions only.
+        """
+        streams, share = self.streams_of(rank, 1, world_size), self.batch // self.streams
+        shard_ends = np.cumsum(np.asarray(self.shard_sizes, np.int64))
+        length = self.steps_per_epoch * share  # of a stream
+        epoch, k = divmod(step, self.steps_per_epoch)
+        while True:
+            stops, ends, rotation = _laid_out(self.shard_sizes, self.window, self.seed, epoch)
+            shards = np.searchsorted(shard_ends, stops - 1, side="right")  # of each piece
+            for first in range(k * share // self.window * self.window, length, self.window):
+                wanted = max(step, epoch * self.steps_per_epoch + first // share)
+                spans = []
+                for stream in streams:
+                    start = stream * length + first + rotation
+                    places = np.array([start, start + min(self.window, length - first) - 1]) % self.num_samples
+                    low, high = np.searchsorted(ends, places, side="right").tolist()
+                    # a window that runs over the end of the laid-out pieces goes on at their beginning
+                    over = places[0] > places[1]
+                    spans.append([*shards[low:], *shards[: high + 1]] if over else shards[low : high + 1].tolist())
+                for shard in dict.fromkeys(s for some in zip_longest(*spans) for s in some if s is not None):
+                    yield wanted, int(shard)
+            epoch, k = epoch + 1, 0
 
     def _rows(self, step: int, first: int, last: int) -> np.ndarray:
         epoch, k = divmod(step, self.steps_per_epoch)

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from dist_kd.commands import index, pack, verify
-from dist_kd.data.index import open_data, read_index
+from dist_kd.data.finding import open_data
+from dist_kd.data.index import read_index
 from dist_kd.errors import ConfigError, DataError
 
 

@@ -106,7 +106,7 @@ def test_hung_workers_do_not_hold_up_the_end(index, train):
 EXIT = """
 import time
 from dist_kd.contracts import World
-from dist_kd.data.index import open_data
+from dist_kd.data.finding import open_data
 from dist_kd.data.loader import EvalLoader
 
 class Stuck:

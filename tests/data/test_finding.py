@@ -4,7 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from dist_kd.data.index import open_data, write_index
+from dist_kd.data.finding import open_data
+from dist_kd.data.index import write_index
 from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from dist_kd.data import pack, sources
-from dist_kd.data.index import open_data, read_index
+from dist_kd.data.finding import open_data
+from dist_kd.data.index import read_index
 from dist_kd.data.sources import cifar, open_source, read_class_list
 from dist_kd.data.survey import verify_index
 from dist_kd.errors import ConfigError, DataError
