@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from dist_kd.commands.pack import count
 from dist_kd.data import finding
-from dist_kd.data.index import write_index
+from dist_kd.data.index import read_facts, write_index
 from dist_kd.data.sources import read_class_list
 from dist_kd.data.survey import build_index
 from dist_kd.data.views import check_augment
@@ -93,7 +92,6 @@ def _named(words: list[str]) -> list[Path]:
 def _noted(place: Path) -> dict:
     """What an index.json there says, though the rest of it may be damaged; {} if nothing."""
     try:
-        facts = json.loads((place / "index.json").read_text())
+        return read_facts(place / "index.json")
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import braceexpand
 
-from dist_kd.data.index import Index, read_index, write_index
+from dist_kd.data.index import Index, read_facts, read_index, write_index
 from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
 
 log = logging.getLogger(__name__)
 
+MOST_SHARDS = 1_000_000  # names a pattern may stand for
 SHOWN = 3  # names shown of a long list
 JOBS = 8  # most processes that index shards on their first use
 SMALL_BYTES = 64 << 20  # shards below this in all are indexed without further processes
@@ -32,17 +33,17 @@ def open_data(where: str) -> Index:
     """The index of the shards `where` names. DataError says what was looked for and what to do."""
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|pipe:", where):
         raise DataError(f"data `{where}` is remote, but shards are read from local files; copy them first")
-    folder = Path(where).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(where))
+    if os.path.isdir(folder):  # unlike Path.is_dir, no error for what cannot be a path
         if _has_our_index(folder):
             return read_index(folder)
         return _index_of(_shards_of(folder), folder.name)
     shards = expand(where)
-    present = [shard for shard in shards if shard.is_file()]
+    present = [shard for shard in shards if os.path.isfile(shard)]
     if not present:
         raise DataError(f"data `{where}` matches no file; it stands for {_some(shards)}")
     if len(present) < len(shards):
-        missing = [shard for shard in shards if not shard.is_file()]
+        missing = [shard for shard in shards if not os.path.isfile(shard)]
         raise DataError(f"data `{where}`: {len(missing)} of {len(shards)} shards are missing: {_some(missing)}")
     if double := [shard for shard, count in Counter(shards).items() if count > 1]:
         raise DataError(f"data `{where}` names a shard twice: {_some(double)}")
@@ -52,10 +53,14 @@ def open_data(where: str) -> Index:
 def expand(where: str) -> list[Path]:
     """The absolute paths a comma-separated list of brace patterns, globs or names stands for; they need not exist."""
     paths: list[Path] = []
-    for pattern in re.split(r",(?![^{]*\})", where):  # commas outside braces
+    for pattern in _split_outside_braces(where):
         try:
-            names = list(braceexpand.braceexpand(pattern.strip())) if pattern.strip() else []
-        except ValueError:
+            if (count := _count(pattern)) > MOST_SHARDS:
+                raise DataError(
+                    f"data `{pattern}` stands for `{count}` names, but at most {MOST_SHARDS} are looked for"
+                )
+            names = list(braceexpand.braceexpand(pattern)) if pattern else []
+        except (ValueError, RecursionError):
             raise DataError(f"data `{pattern}` has unbalanced braces; a pattern is like `a-{{00..09}}.tar`") from None
         for name in names:
             name = os.path.expanduser(name)
@@ -64,12 +69,42 @@ def expand(where: str) -> list[Path]:
     return paths
 
 
+def _split_outside_braces(where: str) -> list[str]:
+    """The parts between commas that stand in no braces."""
+    depth, parts = 0, [[]]
+    for c in where:
+        depth += (c == "{") - (c == "}")
+        if c == "," and depth <= 0:
+            parts.append([])
+        else:
+            parts[-1].append(c)
+    return ["".join(part).strip() for part in parts]
+
+
+def _count(pattern: str) -> int:
+    """How many names a brace pattern stands for, counted without making them. ValueError if that has 4,300 digits."""
+
+    def of_text(text: str) -> int:  # braces within it stand there as \0COUNT\0 already
+        return math.prod(int(count) for count in re.findall("\0([0-9]+)\0", text))
+
+    def of_braces(match: re.Match) -> str:
+        if not (ends := re.fullmatch(r"(-?[0-9]+|[A-Za-z])\.\.(-?[0-9]+|[A-Za-z])(?:\.\.-?([0-9]+))?", match[1])):
+            return f"\0{sum(of_text(part) for part in match[1].split(','))}\0"
+        first, last = (braceexpand.alphabet.find(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
+        return f"\0{abs(last - first) // (int(ends[3] or 1) or 1) + 1}\0"
+
+    rest, found = re.sub(r"\\.|\0", "", pattern), 1
+    while found:  # the innermost braces, then those around them
+        rest, found = re.subn(r"\{([^{}]*)\}", of_braces, rest)
+    return of_text(rest)
+
+
 def _has_our_index(folder: Path) -> bool:
     """Whether index.json there is ours, not one that webdataset's tools wrote."""
     path = folder / "index.json"
     try:
-        return path.exists() and "schema" in json.loads(path.read_text())
-    except ValueError:
+        return path.exists() and "schema" in read_facts(path)
+    except (OSError, ValueError):
         return True  # a damaged one: reading it says so
 
 
@@ -112,7 +147,7 @@ def _index_of(shards: list[Path], name: str) -> Index:
     places = [folder / ".dist_kd" / key, cache / "index" / key]
     for place in places:
         try:
-            if json.loads((place / "index.json").read_text())["stamps"] == stamps:
+            if read_facts(place / "index.json")["stamps"] == stamps:
                 return read_index(place)
         except (OSError, ValueError, KeyError, TypeError, DataError):
             continue  # none there, or an unusable one: it is made again
