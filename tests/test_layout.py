@@ -56,6 +56,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "sklearn": ("data/sources/digits.py",),
     "pydantic": ("config.py", "cli/"),
     "yaml": ("cli/", "report/"),
+    "requests": ("data/remote.py",),
+    "urllib3": ("data/remote.py",),
+    "fsspec": ("data/remote.py",),
 }
 
 
