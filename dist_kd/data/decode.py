@@ -9,23 +9,33 @@ are libjpeg-turbo. One thread.
 from __future__ import annotations
 
 import io
+import re
 import struct
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision.io  # noqa: F401 (registers the operator below)
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from dist_kd.data.index import Index
 from dist_kd.data.tar_reader import BadSample, TarReader
 from dist_kd.errors import DataError
 
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000  # decoding takes up to 20 bytes each (JPEG 3 to 10, PNG 10, WebP 18): 1.3 GB
 MAX_BYTES = 128 << 20
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow knows some forty, which nothing here needs
+MAX_SCANS = 100  # of a JPEG: files have 1 to 20, and 70 bytes more are 40 ms more on 64 million pixels
+SCAN = b"\xff\xda"
+MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 FAST_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; others are lossless, hierarchical or arithmetic
 RGB = 3  # torchvision's ImageReadMode.RGB
+
+# Pillow's readers have opinions on metadata, which are nobody's concern here: what they cannot decode is a DataError.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # The operator itself: its Python wrapper warns, since torchvision 0.29, that a later release will drop it.
 _decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
@@ -48,7 +58,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX
             return _decode_jpeg(_writable(data), RGB)
         except RuntimeError:
             pass  # Pillow may know better, and names the damage if not
-    return _decode_by_pillow(data)
+    return _decode_by_pillow(data, frame)
 
 
 def image_shape(data: bytes) -> tuple[int, int]:
@@ -91,9 +101,11 @@ class TarSamples:
 def _checked_frame(data: bytes, max_pixels: int, max_bytes: int) -> _Frame:
     if len(data) > max_bytes:
         raise DataError(f"the image has `{len(data)}` bytes, but at most {max_bytes} are accepted")
-    frame = _jpeg_frame(data) or _png_frame(data) or _any_frame(data)
+    frame = _jpeg_frame(data) or _png_frame(data) or _webp_frame(data) or _any_frame(data)
     if not 0 < frame.height * frame.width <= max_pixels:
         raise DataError(f"the image has `{frame.width}x{frame.height}` pixels, but 1 to {max_pixels} are accepted")
+    if data.count(SCAN) > MAX_SCANS and data.startswith(b"\xff\xd8") and (scans := _scans(data)) > MAX_SCANS:
+        raise DataError(f"the image has `{scans}` scans, but at most {MAX_SCANS} are accepted")
     return frame
 
 
@@ -129,23 +141,70 @@ def _png_frame(data: bytes) -> _Frame | None:
     return _Frame(height, width, fast=False)
 
 
+def _webp_frame(data: bytes) -> _Frame | None:
+    """The size of the canvas, from the first chunk."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif kind == b"VP8L":
+        both = int.from_bytes(data[21:25], "little")
+        width, height = (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return _Frame(height, width, fast=False)
+
+
 def _any_frame(data: bytes) -> _Frame:
+    """As Pillow reads the header: of JPEGs with something unusual before it."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _Frame(image.height, image.width, fast=False)
+        image = _opened(data)
     except Exception as error:
         raise _undecodable(data, error) from None
+    return _Frame(image.height, image.width, fast=False)
 
 
-def _decode_by_pillow(data: bytes) -> torch.Tensor:
+def _scans(data: bytes) -> int:
+    """How often a JPEG's decoder goes over its pixels."""
+    at, scans = 2, 0
+    while match := MARKER.search(data, at):  # passes over pixels, in which FF comes before 00 or D0..D7 only
+        kind, at = match[1][0], match.end()
+        if kind == 0xD9:
+            break
+        scans += kind == SCAN[1]
+        if kind not in (0x01, 0xD8):
+            at += int.from_bytes(data[at : at + 2], "big")
+    return scans
+
+
+class _Jpeg(JpegImageFile):
+    def _read_dpi_from_exif(self) -> None:
+        """Nobody asks for it, and it would take a TIFF reader to untrusted bytes."""
+
+
+def _opened(data: bytes) -> Image.Image:
+    """By its reader's name: Image.open would also try others, as some JPEGs hold several images."""
+    kinds = {b"\xff\xd8\xff": _Jpeg, b"\x89PN": PngImageFile, b"RIF": WebPImageFile}
+    if data[:3] not in kinds:
+        raise ValueError("they begin like none of these")
+    return kinds[data[:3]](io.BytesIO(data))
+
+
+def _decode_by_pillow(data: bytes, frame: _Frame) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")  # else Pillow warns
-            width, height = image.size
-            pixels = image.convert("RGB").tobytes()
+        image = _opened(data)
+        width, height = image.size
+        if (height, width) != frame[:2]:  # nothing is allocated yet
+            raise ValueError(f"they say {frame.width}x{frame.height} first and {width}x{height} later")
+        image.load()
+        if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # else Pillow warns
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        pixels = image.tobytes()
     except MemoryError:
         raise
     except Exception as error:  # what Pillow raises on damaged bytes is not listed anywhere
