@@ -12,7 +12,8 @@ import io
 import re
 import struct
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from dist_kd.data.damage import KINDS, damage_of
 from dist_kd.data.index import Index
 from dist_kd.data.tar_reader import BadSample, TarReader
+from dist_kd.data.tar_scan import MOST_IMAGE_BYTES
 from dist_kd.errors import DataError
 
 MAX_PIXELS = 64_000_000  # decoding takes up to 20 bytes each (JPEG 3 to 10, PNG 10, WebP 18): 1.3 GB
-MAX_BYTES = 128 << 20
+MAX_BYTES = MOST_IMAGE_BYTES
 MAX_SCANS = 100  # of a JPEG: files have 1 to 20, and 70 bytes more are 40 ms more on 64 million pixels
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -76,17 +79,22 @@ class TarSamples:
 
     def pixels(self, sample: int) -> torch.Tensor:
         """uint8 [3, H, W]. BadSample if the content is damaged; DataError if the shard cannot be read."""
-        data = self.reader.read(sample)
-        try:
-            return decode_image(data)
-        except DataError as error:
-            raise self.bad(sample, error) from None
+        return self._of(sample, decode_image)
 
     def shape(self, sample: int) -> tuple[int, int]:
         """(height, width), from the header; errors as `pixels`."""
+        return self._of(sample, image_shape)
+
+    def _of(self, sample: int, work: Callable[[bytes], Any]) -> Any:
+        """What `work` makes of the bytes of a sample, if the index has nothing against it."""
+        _, row = self.index.locate(sample)
+        if kind := damage_of(row):
+            raise BadSample(f"{self.reader.name(sample)} is damaged: {KINDS[kind]}; mend it and index again", kind)
+        if row["length"] > MAX_BYTES:  # before it is read
+            raise self.bad(sample, DataError(f"it has `{row['length']}` bytes, but at most {MAX_BYTES} are accepted"))
         data = self.reader.read(sample)
         try:
-            return image_shape(data)
+            return work(data)
         except DataError as error:
             raise self.bad(sample, error) from None
 

@@ -155,7 +155,16 @@ def pack_images(
         if _has_index(dest, digests, (name, tuple(classes), augment, side)):
             return read_index(dest)
         paths = [dest / file for file in filled]
-        index = build_index(dest, paths, name=name, classes=tuple(classes), augment=augment, image_size=side, jobs=jobs)
+        index = build_index(
+            dest,
+            paths,
+            name=name,
+            classes=tuple(classes),
+            augment=augment,
+            image_size=side,
+            jobs=jobs,
+            max_bad_fraction=0,  # what was packed just now has no marks
+        )
         write_index(index)
         return read_index(dest)
 
