@@ -1,162 +1,148 @@
-"""Owns the workers: requests (epoch, step, sample numbers) -> rows of uint8 pixels and labels, in the order asked.
+"""Owns the workers: requests -> rows (rows.py), in the order asked.
 
 A torch DataLoader whose dataset is a map from request to rows. Workers have no state and no random numbers; when one
-dies or hangs, that is a DataError within a time limit, wherever the main process then is.
+dies or hangs, that is a DataError within a time limit, wherever the main process then is, and names the sample that
+worker was at. Images do not travel: workers write them into memory that they share with the main process.
 """
 
 from __future__ import annotations
 
 import atexit
+import itertools
+import mmap
 import signal
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from multiprocessing import connection
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from dist_kd.data.decode import TarSamples
-from dist_kd.data.index import Index
-from dist_kd.data.memory import MemorySamples
-from dist_kd.data.tar_reader import BadSample
+from dist_kd.data.rows import Request, Rows, Shown
 from dist_kd.errors import DataError
 
 PREFETCH = 2  # requests each worker has in hand
 GRACE_S = 3.0  # for workers to end by themselves
-BATCHED_BYTES = 64 << 20  # of decoded images of one size that are viewed together
 
 
-class Request(NamedTuple):
-    epoch: int
-    step: int  # of the optimizer; evaluation: number of the batch
-    samples: np.ndarray  # [B] int64
+class Shared:
+    """Memory of this process and its workers: images of the batches on their way, and the sample each worker is at.
 
+    Fresh shared memory for each batch costs as much as decoding small images (page faults, zeroing, a descriptor that
+    is passed on); here each slot is used again and again. Anonymous, so nothing is left behind in /dev/shm.
+    """
 
-class Rows(NamedTuple):
-    """What a worker makes of a request. `failure` is a sentence that ends the run; then the rest is empty."""
+    alive: ClassVar[weakref.WeakValueDictionary[int, Shared]] = weakref.WeakValueDictionary()
+    numbers: ClassVar[Iterator[int]] = itertools.count()
 
-    epoch: int
-    step: int
-    samples: Tensor  # [B] int64
-    images: Tensor  # [B, 3, S, S] uint8
-    labels: Tensor  # [B] int64
-    weights: Tensor  # [B] float32
-    bad: list[tuple[int, str, str]]  # sample, kind of damage, sentence
-    retries: int
-    failure: str = ""
-
-
-class Shown(Dataset):
-    """Request -> Rows: samples as their view shows them. Never raises a DataError: a worker's would lose its words."""
-
-    def __init__(self, index: Index, samples: TarSamples | MemorySamples, view: Any, *, train: bool, strict: bool):
-        self.index, self.samples, self.view, self.train, self.strict = index, samples, view, train, strict
-
-    def __getitem__(self, request: Request) -> Rows:
-        retries = self.samples.retries
-        nothing = torch.empty(0)
+    def __init__(self, workers: int, rows: int, size: int):
+        self.slots = PREFETCH * workers + 1  # those asked for, and the one in use
         try:
-            images, shown, bad = self._images(request)
-        except DataError as error:
-            return Rows(request.epoch, request.step, nothing, nothing, nothing, nothing, [], 0, str(error))
-        weights = torch.ones(len(request.samples))
-        if bad:
-            weights[torch.from_numpy(np.isin(request.samples, [sample for sample, _, _ in bad]))] = 0.0
-        return Rows(
-            request.epoch,
-            request.step,
-            torch.from_numpy(request.samples),
-            images,
-            torch.from_numpy(self.index.rows["label"][shown].astype(np.int64)),
-            weights,
-            bad,
-            self.samples.retries - retries,
-        )
+            memory = mmap.mmap(-1, self.slots * rows * size * size * 3)
+        except OSError as error:
+            raise DataError(
+                f"no memory for {self.slots} batches of {rows} images between {workers} loader processes and this one "
+                f"({error.strerror}); use fewer `--workers` or a smaller `--device-batch-size`"
+            ) from None
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+        self.images = flat.view(self.slots, rows, size, size, 3).permute(0, 1, 4, 2, 3)  # channels last
+        self.at = np.frombuffer(mmap.mmap(-1, 8 * workers), np.int64)
+        self.at[:] = -1  # nothing yet
+        self.number = next(self.numbers)
+        self.alive[self.number] = self
 
-    def _images(self, request: Request) -> tuple[Tensor, np.ndarray, list[tuple[int, str, str]]]:
-        """(images, the samples they show, what was bad). A replaced row keeps the intended sample's view."""
-        epoch, _, samples = request
-        if self._in_one_tensor(samples):
-            return self._views(self.samples.stack(samples), epoch, samples), samples, []
-        shown, bad, rows = samples.copy(), [], []
-        together = self._small(len(samples))
-        for row, sample in enumerate(samples.tolist()):
-            try:
-                pixels = self.samples.pixels(sample)
-            except BadSample as damage:
-                if self.strict:
-                    raise
-                bad.append((sample, damage.damage, str(damage)))
-                shown[row], pixels = self._nearest_good(sample)
-            rows.append(pixels if together else self._view(pixels, epoch, sample))
-        if not together:
-            return default_collate(rows), shown, bad  # in a worker this writes straight into shared memory
-        if len({pixels.shape for pixels in rows}) == 1:
-            return self._views(torch.stack(rows), epoch, samples), shown, bad
-        views = [self._view(pixels, epoch, sample) for pixels, sample in zip(rows, samples.tolist(), strict=True)]
-        return default_collate(views), shown, bad
 
-    def _view(self, pixels: Tensor, epoch: int, sample: int) -> Tensor:
-        return self.view(pixels, epoch, sample) if self.train else self.view(pixels)
+class _Parcel(NamedTuple):
+    """Rows on their way out of a worker, without the images; unpickling gives the Rows."""
 
-    def _views(self, pixels: Tensor, epoch: int, samples: np.ndarray) -> Tensor:
-        return self.view.batch(pixels, epoch, samples) if self.train else self.view.batch(pixels)
+    rows: Rows
+    shared: int
+    slot: int
 
-    def _in_one_tensor(self, samples: np.ndarray) -> bool:
-        if not isinstance(self.samples, MemorySamples) or self.samples.shape is None:
-            return False
-        return not self.samples.bad or self.samples.bad.keys().isdisjoint(samples.tolist())
+    def __reduce__(self):
+        tensors = [tensor.numpy() for tensor in (self.rows.samples, self.rows.labels, self.rows.weights)]
+        rest = self.rows._replace(samples=None, images=None, labels=None, weights=None)
+        return _unpack, (tuple(rest), tensors, self.shared, self.slot)
 
-    def _small(self, rows: int) -> bool:
-        """Whether so many decoded images may be held, to be viewed at once: that saves 0.15 ms an image."""
-        side = self.index.image_size
-        return side is not None and 3 * side**2 * rows <= BATCHED_BYTES
 
-    def _nearest_good(self, sample: int) -> tuple[int, Tensor]:
-        """The nearest earlier sample of the same shard (cyclic) that can be read, and its pixels."""
-        shard, _ = self.index.locate(sample)
-        size = self.index.shards[shard].samples
-        first = self.index.ends[shard] - size
-        for back in range(1, size):
-            other = first + (sample - first - back) % size
-            try:
-                return other, self.samples.pixels(other)
-            except BadSample:
-                continue
-        raise DataError(f"shard `{self.index.shard_path(shard)}` has no readable sample; copy it again")
+def _unpack(rest: tuple, arrays: list[np.ndarray], shared: int, slot: int) -> Rows:
+    samples, labels, weights = map(torch.from_numpy, arrays)
+    images = Shared.alive[shared].images[slot, : len(samples)]
+    return Rows(*rest)._replace(samples=samples, images=images, labels=labels, weights=weights)
+
+
+class _InWorkers(Dataset):
+    """(number, request) -> the rows, as a worker makes and sends them."""
+
+    def __init__(self, shown: Shown, shared: Shared):
+        self.shown, self.shared = shown, shared
+
+    def __getitem__(self, numbered: tuple[int, Request]) -> _Parcel:
+        number, request = numbered
+        slot, worker = number % self.shared.slots, get_worker_info().id
+        out = self.shared.images[slot, : len(request.samples)]
+        return _Parcel(self.shown.rows(request, out, self.shared.at[worker : worker + 1]), self.shared.number, slot)
+
+
+class _Numbered:
+    """(number, request) of each request."""
+
+    def __init__(self, requests: Iterable[Request]):
+        self.requests = requests
+
+    def __iter__(self) -> Iterator[tuple[int, Request]]:
+        return enumerate(self.requests)
 
 
 class Feed:
     """The torch DataLoader over a dataset of requests. Every failure of it is a DataError within the time limit."""
+
+    running: ClassVar[weakref.WeakSet[Feed]] = weakref.WeakSet()  # those with workers
 
     def __init__(self, dataset: Shown, workers: int, timeout_s: float, pin: bool):
         self.dataset, self.workers, self.timeout_s, self.pin = dataset, workers, timeout_s, pin
         self._requests: Iterable[Request] | None = None
         self._loader: DataLoader | None = None
         self._iterator: Any = None
+        self._shared: Shared | None = None
 
     def start(self, requests: Iterable[Request]) -> Iterator[Rows]:
-        """Rows of the requests, in order. Workers start now; those of the same requests are used again."""
+        """Rows of the requests, in order; no request may be longer than the first.
+
+        With workers, a batch's images are overwritten once the next one is asked for. Workers start now; those of the
+        same requests are used again.
+        """
         if self._loader is None or requests is not self._requests:
             self.close()
             self._requests = requests
-            several = {"timeout": self.timeout_s, "prefetch_factor": PREFETCH, "persistent_workers": True}
+            several = {"dataset": self.dataset, "sampler": requests}
+            if self.workers:
+                rows = len(next(iter(requests)).samples)
+                self._shared = Shared(self.workers, rows, self.dataset.view.image_size)
+                several = {
+                    "dataset": _InWorkers(self.dataset, self._shared),
+                    "sampler": _Numbered(requests),
+                    "timeout": self.timeout_s,
+                    "prefetch_factor": PREFETCH,
+                    "persistent_workers": True,
+                    "multiprocessing_context": "fork",  # which hands the shared memory on
+                }
             self._loader = DataLoader(
-                self.dataset,
                 batch_size=None,
-                sampler=requests,
                 num_workers=self.workers,
                 collate_fn=_as_it_is,
                 pin_memory=self.pin,
                 worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # else it draws from torch's own, and so disturbs training
-                **(several if self.workers else {}),
+                **several,
             )
         self._iterator = iter(self._loader)
         if self.workers:
+            self.running.add(self)
             _name_dead_workers()
             atexit.register(self._kill_workers)
         return self._rows(self._iterator)
@@ -168,9 +154,9 @@ class Feed:
             except StopIteration:
                 return
             except Exception as error:
+                said = self._said(error)
                 self._kill_workers()
                 self.close()
-                said = self._said(error)
                 if said is error:
                     raise
                 raise said from None
@@ -186,7 +172,8 @@ class Feed:
             late.cancel()
             late.join()
             atexit.unregister(self._kill_workers)
-        self._requests = self._loader = self._iterator = None
+        self.running.discard(self)
+        self._requests = self._loader = self._iterator = self._shared = None
 
     def _kill_workers(self) -> None:
         """End the workers at once: they ignore gentler signals, and Python would wait for them for ever."""
@@ -206,18 +193,28 @@ class Feed:
         """The DataError for what torch says of its workers; the error itself if it is something else."""
         text = str(error)
         if text.startswith("DataLoader timed out"):
+            awaited = self._iterator._task_info[self._iterator._rcvd_idx][0]
             return DataError(
                 f"no batch came within `{self.timeout_s:g}` s from {self.workers} loader processes (flag "
-                "`--loader-timeout`); the storage hangs or is too slow: check it, or give them longer"
-            )
-        if "shared memory" in text or "/torch_" in text:
-            return DataError(
-                f"shared memory (/dev/shm) ran out between {self.workers} loader processes and this one; enlarge it, "
-                "or use fewer `--workers`, or `--workers 0`"
+                f"`--loader-timeout`); the one awaited {self._last_read(awaited)}; the storage hangs or is too slow: "
+                "check it, or give them longer"
             )
         # a worker killed while it hands over a batch leaves a broken connection; `Caught` is from inside a worker
         broken = self.workers and isinstance(error, (EOFError, OSError)) and not text.startswith("Caught")
         return _dead_worker(error) if broken or text.startswith("DataLoader worker") else error
+
+    def _last_read(self, worker: int) -> str:
+        sample = int(self._shared.at[worker])
+        if sample < 0:
+            return "had read nothing yet"
+        shard, _ = self.dataset.index.locate(sample)
+        return f"was at sample {sample} of shard `{self.dataset.index.shard_path(shard)}`"
+
+    def _epitaphs(self) -> list[str]:
+        """What each dead worker was at."""
+        workers = getattr(self._iterator, "_workers", ())
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=1.0)  # a death takes its time to show
+        return [self._last_read(number) for number, worker in enumerate(workers) if worker.sentinel in ended]
 
 
 def _as_it_is(rows: Rows) -> Rows:
@@ -235,8 +232,10 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
 def _dead_worker(error: Exception) -> DataError:
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+    last = [where for feed in list(Feed.running) for where in feed._epitaphs()]
     return DataError(
-        f"a loader process died ({said}); most often memory ran out: use fewer `--workers`, or a machine with more"
+        f"a loader process died ({said}){'; it ' + last[0] if last else ''}; most often memory ran out: use fewer "
+        "`--workers`, or a machine with more"
     )
 
 

@@ -17,6 +17,8 @@ from dist_kd.data.draws import uniforms
 from dist_kd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 
@@ -87,26 +89,28 @@ class TrainView:
 
     def __call__(self, pixels: Tensor, epoch: int, sample: int) -> Tensor:
         """The view of one image in this epoch; `sample` is its number in the index."""
-        draws = self._draw(epoch, np.array([sample]))
-        return self._apply(pixels, draws, 0, self.names).contiguous()
+        return self._apply(pixels, self._draw(epoch, np.array([sample])), 0, self.names)
 
-    def batch(self, pixels: Tensor, epoch: int, samples: np.ndarray) -> Tensor:
-        """The views uint8 [B, 3, S, S] of uint8 [B, 3, h, w], byte for byte those of the single calls."""
-        import torch
+    def batch(
+        self, pixels: Tensor | Iterable[Tensor], epoch: int, samples: np.ndarray, out: Tensor | None = None
+    ) -> Tensor:
+        """The views uint8 [B, 3, S, S], byte for byte those of the single calls; in `out` if there is one.
 
+        `pixels` is uint8 [B, 3, h, w], or images of any sizes, which are asked for one at a time.
+        """
         from dist_kd.data import augment
 
-        draws = self._draw(epoch, samples)
+        draws = self._draw(epoch, samples)  # of all at once: thirty times as fast as of each
         names = self.names
-        if pixels.shape[-2:] == (self.image_size, self.image_size):
+        if getattr(pixels, "shape", ())[-2:] == (self.image_size, self.image_size):
             first = tuple(itertools.takewhile(EXACT.__contains__, names))  # behind rrc a flip has to wait its turn
             pixels = augment.shift_and_flip(pixels, {name: draws[name] for name in first})
             names = names[len(first) :]
             if not names:
-                return pixels
-        views = torch.empty((len(samples), 3, self.image_size, self.image_size), dtype=torch.uint8)
-        for row in range(len(samples)):
-            views[row] = self._apply(pixels[row], draws, row, names)
+                return pixels if out is None else out.copy_(pixels)
+        views = augment.blank(len(samples), self.image_size) if out is None else out
+        for row, image in enumerate(pixels):
+            views[row] = self._apply(image, draws, row, names)
         return views
 
     def _draw(self, epoch: int, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -146,12 +150,16 @@ class EvalView:
         """The view of one image."""
         from dist_kd.data import augment
 
-        return augment.fit(pixels, self.image_size, self.resize_to, self.interpolation).contiguous()
+        return augment.fit(pixels, self.image_size, self.resize_to, self.interpolation)
 
-    def batch(self, pixels: Tensor) -> Tensor:
-        """The views uint8 [B, 3, S, S] of uint8 [B, 3, h, w], byte for byte those of the single calls."""
+    def batch(self, pixels: Tensor | Iterable[Tensor], out: Tensor | None = None) -> Tensor:
+        """The views uint8 [B, 3, S, S], byte for byte those of the single calls; arguments as in TrainView."""
         import torch
 
-        if pixels.shape[-2:] == (self.image_size, self.image_size):
-            return pixels
-        return torch.stack([self(image) for image in pixels])
+        if getattr(pixels, "shape", ())[-2:] == (self.image_size, self.image_size):
+            return pixels if out is None else out.copy_(pixels)
+        if out is None:
+            return torch.stack([self(image) for image in pixels])
+        for row, image in enumerate(pixels):
+            out[row] = self(image)
+        return out

@@ -78,7 +78,10 @@ def test_a_killed_worker_seen_from_another_thread(index, train):
 
 
 class Stuck:
-    def __call__(self, pixels, epoch, sample):
+    image_size = 6
+
+    def batch(self, pixels, epoch, samples, out=None):
+        next(iter(pixels))
         time.sleep(1000)
 
 
@@ -110,7 +113,9 @@ from dist_kd.data.finding import open_data
 from dist_kd.data.loader import EvalLoader
 
 class Stuck:
-    def __call__(self, pixels):
+    image_size = 6
+
+    def batch(self, pixels, out=None):
         time.sleep(1000)
 
 loader = EvalLoader(open_data({folder!r}), Stuck(), world=World(), batch_size=8, device="cpu", mean=(0.5,) * 3,
@@ -146,7 +151,9 @@ def test_stop_signals_are_left_to_the_main_process(index, train):
 
 
 class Broken:
-    def __call__(self, pixels, epoch, sample):
+    image_size = 6
+
+    def batch(self, pixels, epoch, samples, out=None):
         raise RuntimeError("a mistake in a view")
 
 
