@@ -40,7 +40,7 @@ REMEDY = (
     "GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
 )
 
-_SCHEME = re.compile(r"[\s{]*([a-zA-Z][a-zA-Z0-9+.-]*):(//)?")
+_SCHEME = re.compile(r"[\s{]*([a-zA-Z][a-zA-Z0-9+.-]*):(//|:.*://)?")
 _COMMA = re.compile(r",(?![^{]*\})")  # outside braces
 
 
@@ -92,6 +92,10 @@ def check_url(where: str) -> None:
 
 def _check_one(url: str) -> None:
     scheme = _scheme(url)
+    if url.startswith("{"):
+        raise ConfigError(
+            "data has braces around whole URLs; write the URLs one after another, with commas between them"
+        )
     if scheme == "pipe":
         raise ConfigError("data given as `pipe:` would run a command, which dist_kd never does; name the shards by URL")
     if "::" in re.sub(r"\[[^\]]*\]", "", url):  # brackets hold IPv6 addresses
