@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dist_kd.commands.pack import count
 from dist_kd.data import finding
+from dist_kd.data.damage import is_marked
 from dist_kd.data.index import read_facts, write_index
 from dist_kd.data.sources import read_class_list
-from dist_kd.data.survey import build_index
+from dist_kd.data.survey import MAX_BAD_FRACTION, build_index
 from dist_kd.data.views import check_augment
 from dist_kd.errors import DataError
 
@@ -33,11 +34,12 @@ def main(argv: list[str]) -> int:
         augment=args.augment or known.get("augment") or "none",
         image_size=args.image_size or known.get("image_size"),
         jobs=args.jobs,
+        max_bad_fraction=args.max_bad_fraction,
     )
     write_index(index, place)
-    size = sum(shard.bytes for shard in index.shards)
+    size, bad = sum(shard.bytes for shard in index.shards), int(is_marked(index.rows).sum())
     print(
-        f"{place}: {index.num_samples:,} samples of {len(index.classes)} classes in {len(index.shards)} shards, "
+        f"{place}: {index.num_samples:,} samples{f' ({bad:,} of them damaged)' if bad else ''} of {len(index.classes)} classes in {len(index.shards)} shards, "
         f"{size / 1e6:.1f} MB, usual augmentation {index.augment}; train with `--data {place}`"
     )
     return 0
@@ -48,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         prog="dist-kd index",
         allow_abbrev=False,
         description="Index WebDataset shards, so that any sample can be read by its number. Every byte is read once "
-        "and the first damage is an error. What an earlier index there says of classes and augmentation is kept.",
+        "and the first damage to a shard's structure is an error; a sample with a missing or wrong image or label is marked, "
+        "and training shows another in its place. What an earlier index there says of classes and augmentation is kept.",
     )
     p.add_argument(
         "shards", metavar="SHARDS", nargs="+", help="a folder, a brace pattern such as 'train-{000..099}.tar', or tars"
@@ -64,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--image-size", type=count, metavar="N", help="side in pixels, if all images are squares of one size"
     )
+    p.add_argument(
+        "--max-bad-fraction",
+        type=share,
+        default=MAX_BAD_FRACTION,
+        metavar="F",
+        help="share of samples that may be marked as damaged before this is an error (default: %(default)s)",
+    )
     p.add_argument("--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own)")
     p.add_argument(
         "--jobs",
@@ -73,6 +83,14 @@ def parser() -> argparse.ArgumentParser:
         help="processes that read (default: one per core, %(default)s)",
     )
     return p
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"`{text}` must be from 0 to 1")
+    return number
 
 
 def _named(words: list[str]) -> list[Path]:

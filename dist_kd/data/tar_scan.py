@@ -212,7 +212,7 @@ class _Samples:
     def _label(self, row: int, member: Member, text: bytes) -> int:
         text = text.strip()
         if not re.fullmatch(rb"-?[0-9]{1,19}", text):
-            return self._wrong(row, member, f"says `{shown(text, 40)}`, which is not an integer")
+            return self._wrong(row, member, f"says label `{shown(text, 40)}`, which is not an integer")
         label, limit = int(text), self.num_classes
         if not 0 <= label < (MOST_CLASSES if limit is None else limit):
             rule = (
@@ -220,7 +220,7 @@ class _Samples:
                 if limit is None
                 else f"one of 0..{limit - 1}, as there are {limit} classes"
             )
-            return self._wrong(row, member, f"says `{label}`, which must be {rule}")
+            return self._wrong(row, member, f"says label `{label}`, which must be {rule}")
         return label
 
     def _wrong(self, row: int, member: Member, why: str) -> int:

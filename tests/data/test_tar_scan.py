@@ -247,7 +247,7 @@ CONTENT = {
     "neither": ([("b.txt", b"x")], "missing_image", r"no image for key `b`"),
     "dotted key": ([("b.005.jpg", b"x"), ("b.005.cls", b"0")], "missing_image", r"no image for key `b`.*first dot"),
     "image of 0 bytes": ([("b.jpg", b""), ("b.cls", b"0")], "empty", r"image of 0 bytes for key `b`"),
-    "label no integer": ([("b.jpg", b"x"), ("b.cls", b"cat")], "label", r"`b.cls` says `cat`, which is not an integer"),
+    "label no integer": ([("b.jpg", b"x"), ("b.cls", b"cat")], "label", r"`b.cls` says label `cat`, which is not an integer"),
     "label empty": ([("b.jpg", b"x"), ("b.cls", b"")], "label", NO_INTEGER),
     "label with a point": ([("b.jpg", b"x"), ("b.cls", b"3.0")], "label", NO_INTEGER),
     "label negative": ([("b.jpg", b"x"), ("b.cls", b"-1")], "label", r"`-1`, which must be one of 0..4"),
