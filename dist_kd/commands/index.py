@@ -39,7 +39,8 @@ def main(argv: list[str]) -> int:
     write_index(index, place)
     size, bad = sum(shard.bytes for shard in index.shards), int(is_marked(index.rows).sum())
     print(
-        f"{place}: {index.num_samples:,} samples{f' ({bad:,} of them damaged)' if bad else ''} of {len(index.classes)} classes in {len(index.shards)} shards, "
+        f"{place}: {index.num_samples:,} samples{f' ({bad:,} of them damaged)' if bad else ''} of "
+        f"{len(index.classes)} classes in {len(index.shards)} shards, "
         f"{size / 1e6:.1f} MB, usual augmentation {index.augment}; train with `--data {place}`"
     )
     return 0
@@ -50,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
         prog="dist-kd index",
         allow_abbrev=False,
         description="Index WebDataset shards, so that any sample can be read by its number. Every byte is read once "
-        "and the first damage to a shard's structure is an error; a sample with a missing or wrong image or label is marked, "
-        "and training shows another in its place. What an earlier index there says of classes and augmentation is kept.",
+        "and the first damage to a shard's structure is an error; a sample with a missing or wrong image or label is "
+        "marked, and training shows another in its place. What an earlier index there says of classes and augmentation "
+        "is kept.",
     )
     p.add_argument(
         "shards", metavar="SHARDS", nargs="+", help="a folder, a brace pattern such as 'train-{000..099}.tar', or tars"
