@@ -35,6 +35,7 @@ MAX_SCANS = 100  # of a JPEG: files have 1 to 20, and 70 bytes more are 40 ms mo
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 FAST_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; others are lossless, hierarchical or arithmetic
+SEQUENTIAL = (0xC0, 0xC1)
 RGB = 3  # torchvision's ImageReadMode.RGB
 
 # Pillow's readers have opinions on metadata, which are nobody's concern here: what they cannot decode is a DataError.
@@ -47,7 +48,8 @@ _decode_jpeg = getattr(torch.ops.image, "decode_jpeg", None)
 class _Frame(NamedTuple):
     height: int
     width: int
-    fast: bool  # an 8-bit JPEG of one or three components
+    fast: bool = False  # an 8-bit JPEG of one or three components
+    several: bool = False  # a JPEG that may have several scans: progressive, or its components one by one
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> torch.Tensor:
@@ -112,7 +114,7 @@ def _checked_frame(data: bytes, max_pixels: int, max_bytes: int) -> _Frame:
     frame = _jpeg_frame(data) or _png_frame(data) or _webp_frame(data) or _any_frame(data)
     if not 0 < frame.height * frame.width <= max_pixels:
         raise DataError(f"the image has `{frame.width}x{frame.height}` pixels, but 1 to {max_pixels} are accepted")
-    if data.count(SCAN) > MAX_SCANS and data.startswith(b"\xff\xd8") and (scans := _scans(data)) > MAX_SCANS:
+    if frame.several and data.count(SCAN) > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
         raise DataError(f"the image has `{scans}` scans, but at most {MAX_SCANS} are accepted")
     return frame
 
@@ -121,32 +123,32 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
     """The frame header of a JPEG; None if this is none, or none that says its size."""
     if data[:2] != b"\xff\xd8":
         return None
-    at = 2
-    while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return None
+    at, frame, components = 2, None, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
         kind = data[at + 1]
         if kind == 0xFF:  # padding
             at += 1
         elif kind == 0x01 or 0xD0 <= kind <= 0xD7:  # markers without a segment
             at += 2
-        elif 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            if at + 10 > len(data):
-                return None
-            bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            return _Frame(height, width, kind in FAST_FRAMES and bits == 8 and components in (1, 3))
-        elif kind in (0xD9, 0xDA):  # the end, or pixels without a frame
-            return None
+        elif kind == 0xD9:
+            break
+        elif kind == SCAN[1]:
+            # the first scan: the last one too if it has all components and nothing is refined
+            return frame and frame._replace(several=frame.several or data[at + 4] < components)
         else:
+            if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+                bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+                fast = kind in FAST_FRAMES and bits == 8 and components in (1, 3)
+                frame = _Frame(height, width, fast, several=kind not in SEQUENTIAL)
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+    return frame and frame._replace(several=True)
 
 
 def _png_frame(data: bytes) -> _Frame | None:
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 24:
         return None
     width, height = struct.unpack_from(">II", data, 16)
-    return _Frame(height, width, fast=False)
+    return _Frame(height, width)
 
 
 def _webp_frame(data: bytes) -> _Frame | None:
@@ -161,7 +163,7 @@ def _webp_frame(data: bytes) -> _Frame | None:
         width, height = (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
     else:
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    return _Frame(height, width, fast=False)
+    return _Frame(height, width)
 
 
 def _any_frame(data: bytes) -> _Frame:
@@ -170,7 +172,7 @@ def _any_frame(data: bytes) -> _Frame:
         image = _opened(data)
     except Exception as error:
         raise _undecodable(data, error) from None
-    return _Frame(image.height, image.width, fast=False)
+    return _Frame(image.height, image.width, several=True)
 
 
 def _scans(data: bytes) -> int:
