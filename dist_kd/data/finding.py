@@ -1,7 +1,8 @@
-"""Owns how `--data` names local shards: a folder, a brace pattern, a list or one tar -> the index of those shards.
+"""Owns how `--data` names shards: a folder, a brace pattern, a list or one tar -> the index of those shards.
 
-Shards without an index are indexed on their first use; the index is kept in a hidden folder beside them, or in the
-cache folder if theirs cannot be written. Several processes may do so at once: they write the same bytes.
+What lies on other machines is remote_sets.py's. Local shards without an index are indexed on their first use; the index
+is kept in a hidden folder beside them, or in the cache folder if theirs cannot be written. Several processes may do so
+at once: they write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,30 +14,48 @@ import math
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import braceexpand
 
+from dist_kd.config import Config
+from dist_kd.data import remote_sets
 from dist_kd.data.index import Index, read_facts, read_index, write_index
+from dist_kd.data.remote_urls import check_url, is_remote, local_path
+from dist_kd.data.shard_cache import ShardCache, cache_folder
 from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
 
 log = logging.getLogger(__name__)
 
+CACHE_SHARE = 0.9  # of the loader's time limit: the cache gives up first, as it knows what went wrong
 MOST_SHARDS = 1_000_000  # names a pattern may stand for
 SHOWN = 3  # names shown of a long list
+LOOKS = 16  # shards looked at at once
 JOBS = 8  # most processes that index shards on their first use
 SMALL_BYTES = 64 << 20  # shards below this in all are indexed without further processes
 
 
-def open_data(where: str) -> Index:
-    """The index of the shards `where` names. DataError says what was looked for and what to do."""
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|pipe:", where):
-        raise DataError(f"data `{where}` is remote, but shards are read from local files; copy them first")
+def default_cache() -> ShardCache:
+    """The cache of this node with the limits a run has unless it is told others."""
+    config = Config()
+    return ShardCache(cache_folder(), int(1e9 * config.cache_gb), CACHE_SHARE * config.loader_timeout)
+
+
+def open_data(where: str, cache: ShardCache | None = None) -> Index:
+    """The index of the shards `where` names, remote ones behind `cache`.
+
+    DataError, and ConfigError for a URL that is not opened, say what was looked for and what to do.
+    """
+    if is_remote(where):
+        check_url(where)  # first, so that no later message can repeat a password
+        return remote_sets.open_remote(expand_braces(where), cache or default_cache())
+    where = local_path(where)
     folder = Path(os.path.expanduser(where))
     if os.path.isdir(folder):  # unlike Path.is_dir, no error for what cannot be a path
         if _has_our_index(folder):
-            return read_index(folder)
+            return read_index(folder, cache or default_cache())
         return _index_of(_shards_of(folder), folder.name)
     shards = expand(where)
     present = [shard for shard in shards if os.path.isfile(shard)]
@@ -50,23 +69,56 @@ def open_data(where: str) -> Index:
     return _part_of_our_index(shards) or _index_of(shards, _common_name(shards))
 
 
+def split_folder(where: str, split: str) -> str | None:
+    """What `--data WHERE` means for "train" or "val": the packed subfolder, or WHERE itself (for val: None)."""
+    if is_remote(where):
+        check_url(where)
+        return remote_sets.remote_split(where, split)
+    below = Path(local_path(where)).expanduser() / split
+    if below.is_dir():
+        return str(below)
+    return where if split == "train" else None
+
+
+def check_present(index: Index) -> None:
+    """DataError if a shard of this machine is not there or has not the size that its index says."""
+
+    def look(shard: int) -> str:
+        try:
+            size, indexed = os.stat(index.shard_path(shard)).st_size, index.shards[shard].bytes
+        except OSError as error:
+            return f"cannot be read ({error.strerror}); put it back"
+        return "" if size == indexed else f"has {size} bytes where its index says {indexed}; copy it again"
+
+    with ThreadPoolExecutor(LOOKS) as pool:  # on a network disk each look takes its time
+        for shard, problem in enumerate(pool.map(look, range(len(index.shards)))):
+            if problem:
+                raise DataError(f"shard `{index.location(shard)}` {problem}, or index the shards anew: `dist-kd index`")
+
+
 def expand(where: str) -> list[Path]:
     """The absolute paths a comma-separated list of brace patterns, globs or names stands for; they need not exist."""
     paths: list[Path] = []
+    for name in expand_braces(where):
+        name = os.path.expanduser(local_path(name))
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else []
+        paths += [Path(match).absolute() for match in matches or [name]]
+    return paths
+
+
+def expand_braces(where: str) -> list[str]:
+    """The names a comma-separated list of brace patterns stands for, in order."""
+    found: list[str] = []
     for pattern in _split_outside_braces(where):
         try:
             if (count := _count(pattern)) > MOST_SHARDS:
                 raise DataError(
                     f"data `{pattern}` stands for `{count}` names, but at most {MOST_SHARDS} are looked for"
                 )
-            names = list(braceexpand.braceexpand(pattern)) if pattern else []
+            found += braceexpand.braceexpand(pattern) if pattern else []
         except (ValueError, RecursionError):
             raise DataError(f"data `{pattern}` has unbalanced braces; a pattern is like `a-{{00..09}}.tar`") from None
-        for name in names:
-            name = os.path.expanduser(name)
-            matches = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.exists(name) else []
-            paths += [Path(match).absolute() for match in matches or [name]]
-    return paths
+    return found
 
 
 def _split_outside_braces(where: str) -> list[str]:
@@ -143,7 +195,7 @@ def _index_of(shards: list[Path], name: str) -> Index:
     stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (shard.stat() for shard in shards)]
     folder = Path(os.path.commonpath([shard.parent for shard in shards]))
     key = hashlib.sha256("\n".join(map(str, shards)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("DIST_KD_CACHE") or "~/.cache/dist_kd").expanduser()
+    cache = cache_folder()
     places = [folder / ".dist_kd" / key, cache / "index" / key]
     for place in places:
         try:

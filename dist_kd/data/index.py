@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from dist_kd.contracts import DataSpec
+from dist_kd.data.remote_urls import is_remote, shown
 from dist_kd.data.tar_scan import ROW, ShardInfo, checksum
 from dist_kd.errors import DataError
 
@@ -96,9 +97,14 @@ class Index:
         """Of a shard on this machine."""
         return self.folder / self.shards[shard].name
 
+    def address(self, shard: int) -> str:
+        """The URL of a shard on another machine."""
+        name = self.shards[shard].name
+        return name if is_remote(name) else f"{self.url}/{name}"
+
     def location(self, shard: int) -> str:
         """How messages name a shard: its path, or its address without secrets."""
-        return self._address(shard) if self.url else str(self.shard_path(shard))
+        return shown(self.address(shard)) if self.url else str(self.shard_path(shard))
 
     def open_shard(self, shard: int) -> int:
         """A descriptor of the whole shard, to be closed. OSError if it is local and cannot be opened.
@@ -108,11 +114,7 @@ class Index:
         if not self.url:
             return os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
         info = self.shards[shard]
-        return self.cache.open(self._address(shard), info.bytes or None, info.sha256 or None)
-
-    def _address(self, shard: int) -> str:
-        name = self.shards[shard].name
-        return name if "://" in name else f"{self.url}/{name}"
+        return self.cache.open(self.address(shard), info.bytes or None, info.sha256 or None)
 
     def locate(self, sample: int) -> tuple[int, np.void]:
         """(shard number, row) of a sample."""

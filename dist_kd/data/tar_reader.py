@@ -1,4 +1,4 @@
-"""Owns the way from a sample number to its bytes: local tars read by offset, length and checksum looked at each time.
+"""Owns the way from a sample number to its bytes: tars read by offset, length and checksum looked at each time.
 
 Knows nothing of images.
 """
@@ -36,18 +36,25 @@ class TarReader:
         self.index = index
         self.retries = 0  # reads that failed and were tried again
         self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
+        self._first_seen: dict[int, tuple] = {}  # shard number -> which file it was
+        self._started = time.time_ns()
 
     def read(self, sample: int) -> bytes:
         """The image of a sample as it lies in its shard.
 
-        BadSample if its checksum is wrong; DataError if the shard is missing, too short, or cannot be read.
+        BadSample if its checksum is wrong; DataError if the shard is missing, too short, replaced, or cannot be read.
         """
         shard, row = self.index.locate(sample)
         data = self._read(shard, sample, int(row["offset"]), int(row["length"]))
         if checksum(data) != row["checksum"]:
+            if change := self._change(shard):
+                raise DataError(
+                    f"shard `{self.index.location(shard)}` was replaced: {change}, and sample {sample} has other bytes "
+                    "than the index says; put the old shard back, or index the new one and start another run"
+                )
             raise BadSample(
                 f"{self.name(sample)} has other bytes than the index says (checksum); copy the shard again, then run "
-                f"`dist-kd verify {self.index.folder}`",
+                f"`dist-kd verify {self.index.url or self.index.folder}`",
                 "checksum",
             )
         return data
@@ -55,7 +62,7 @@ class TarReader:
     def name(self, sample: int) -> str:
         """How messages name a sample."""
         shard, _ = self.index.locate(sample)
-        return f"sample {sample} of shard `{self.index.shard_path(shard)}`"
+        return f"sample {sample} of shard `{self.index.location(shard)}`"
 
     def close(self) -> None:
         while self._open:
@@ -101,9 +108,29 @@ class TarReader:
         else:
             while len(self._open) >= OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            self._open[shard] = self.index.open_shard(shard)
+            self._first_seen.setdefault(shard, _identity(os.fstat(self._open[shard])))
         return self._open[shard]
+
+    def _change(self, shard: int) -> str:
+        """How the file of a local shard is not the one it was when this reader began; "" if that cannot be seen.
+
+        A shard on another machine was checked whole when it came.
+        """
+        if self.index.url:
+            return ""
+        now, indexed = os.fstat(self._descriptor(shard)), self.index.shards[shard].bytes
+        if now.st_size != indexed:
+            return f"it has {now.st_size} bytes where the index says {indexed}"
+        # another file under the same name, or the same one written to: since it was first opened, or since the start
+        if _identity(now) != self._first_seen[shard] or max(now.st_mtime_ns, now.st_ctime_ns) > self._started:
+            return "its file is another one, or was written to, since this run began"
+        return ""
 
     def _forget(self, shard: int) -> None:
         if shard in self._open:
             os.close(self._open.pop(shard))
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
