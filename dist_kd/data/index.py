@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,7 +113,7 @@ class Index:
         A remote one is first fetched into the cache, unless it is there: DataError within the cache's time limit.
         """
         if not self.url:
-            return os.open(self.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            return _open_file(self.shard_path(shard))
         info = self.shards[shard]
         return self.cache.open(self.address(shard), info.bytes or None, info.sha256 or None)
 
@@ -267,6 +268,15 @@ def _count(value: object, least: int = 0) -> int:
     if type(value) is not int or not least <= value < 2**60:
         raise TypeError(f"`{value!r:.100}` where a number of at least {least} belongs")
     return value
+
+
+def _open_file(path: Path) -> int:
+    """A descriptor to read from. OSError if it is no file: opening a pipe would wait for ever, a device never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "it is no regular file", str(path))
+    return descriptor
 
 
 def _replace(path: Path, write: Callable) -> None:
