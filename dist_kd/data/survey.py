@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 
 from dist_kd.data.damage import KINDS, damage_of
 from dist_kd.data.index import Index
-from dist_kd.data.tar_scan import MOST_IMAGE_BYTES, ROW, Marked, Scan, ShardInfo, checksum, scan_file
+from dist_kd.data.tar_scan import MOST_IMAGE_BYTES, ROW, Marked, Scan, ShardInfo, checksum, scan_shard
 from dist_kd.data.tar_walk import shown
 from dist_kd.errors import DataError
 
@@ -51,21 +53,21 @@ def build_index(
     member at the first damage to structure: a bad header, a cut or doubled archive, a key that comes twice.
     """
     if not shards:
-        raise DataError(f"`{folder}` was given no shards to index")
-    folder, where = Path(folder).absolute(), url or folder
+        raise DataError(f"`{url or folder}` was given no shards to index")
+    folder = Path(folder).absolute()
     names = [str(shard) if url else _name_in(folder, Path(shard).absolute()) for shard in shards]
     unread = tuple(ShardInfo(name, 0, "", 0) for name in names)
-    blank = Index(folder, name, (), unread, np.empty(0, ROW), url=url, cache=cache)
-    scan = partial(_scan, blank, num_classes=len(classes) if classes is not None else None)
-    scanned = _each(scan, list(range(len(names))), jobs)
+    index = Index(folder, name, tuple(classes or ()), unread, np.empty(0, ROW), augment, image_size, url, cache)
+    where = index.url or str(folder)
+    scan = partial(_scan, index, num_classes=len(classes) if classes is not None else None)
+    scanned = _each(scan, list(range(len(shards))), jobs)
     rows = np.concatenate([rows for _, rows, _ in scanned])
     if not len(rows):
         raise DataError(f"the {len(shards)} shards of `{where}` hold no samples")
     _account(where, len(rows), [marked for _, _, marked in scanned], max_bad_fraction)
     if classes is None:
         classes = tuple(str(label) for label in range(_largest_label(where, rows["label"]) + 1))
-    infos = tuple(info for info, _, _ in scanned)
-    return Index(folder, name, tuple(classes), infos, rows, augment, image_size, url, cache)
+    return replace(index, classes=tuple(classes), shards=tuple(info for info, _, _ in scanned), rows=rows)
 
 
 def verify_index(index: Index, jobs: int = 1, decode: Callable[[bytes], object] | None = None) -> list[str]:
@@ -78,17 +80,24 @@ def verify_index(index: Index, jobs: int = 1, decode: Callable[[bytes], object] 
     return [problem for problems in found for problem in problems]
 
 
-def _scan(blank: Index, shard: int, num_classes: int | None) -> tuple[ShardInfo, np.ndarray, dict[str, Marked]]:
-    where = blank.location(shard)
+@contextmanager
+def _opened(index: Index, shard: int) -> Iterator[BinaryIO]:
     try:
-        with open(blank.open_shard(shard), "rb", buffering=0) as file:
-            info, rows, _, marked = scan_file(file, where, blank.shards[shard].name, num_classes)
+        with open(index.open_shard(shard), "rb", buffering=0) as file:
+            yield file
     except OSError as error:
-        raise DataError(f"shard `{where}` cannot be read ({error.strerror}); check its path and permissions") from None
+        raise DataError(
+            f"shard `{index.location(shard)}` cannot be read ({error.strerror}); check its path and permissions"
+        ) from None
+
+
+def _scan(index: Index, shard: int, num_classes: int | None) -> tuple[ShardInfo, np.ndarray, dict[str, Marked]]:
+    with _opened(index, shard) as file:
+        info, rows, _, marked = scan_shard(file, index.location(shard), index.shards[shard].name, num_classes)
     return info, rows, marked
 
 
-def _account(folder: Path | str, samples: int, marked: list[dict[str, Marked]], max_bad_fraction: float) -> None:
+def _account(where: str, samples: int, marked: list[dict[str, Marked]], max_bad_fraction: float) -> None:
     """Says what is marked, by kind, with the first of each. DataError if it is more than may be."""
     counts, first = dict.fromkeys(KINDS, 0), {}
     for shard in marked:
@@ -99,7 +108,7 @@ def _account(folder: Path | str, samples: int, marked: list[dict[str, Marked]], 
     if not bad:
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    what = f"{bad} of {samples} samples in `{folder}` are damaged ({kinds}); the first of each kind: "
+    what = f"{bad} of {samples} samples in `{where}` are damaged ({kinds}); the first of each kind: "
     what += "; ".join(first.values())
     if bad > max_bad_fraction * samples:
         raise DataError(
@@ -109,15 +118,15 @@ def _account(folder: Path | str, samples: int, marked: list[dict[str, Marked]], 
     log.warning("%s; they keep their numbers, and training shows others in their place", what)
 
 
-def _largest_label(folder: Path | str, labels: np.ndarray) -> int:
+def _largest_label(where: str, labels: np.ndarray) -> int:
     found = np.unique(labels[labels >= 0])
     if not len(found):
-        raise DataError(f"no sample in `{folder}` has a label; each needs KEY.cls, or KEY.json with `label`")
+        raise DataError(f"no sample in `{where}` has a label; each needs KEY.cls, or KEY.json with `label`")
     largest, below = int(found[-1]), int(found[-2]) if len(found) > 1 else 0
     if largest + 1 > OUTLYING * (below + 1):
         log.warning(
             "the largest label in %s is %d, and the next %d: if that is damage, mend it; there are %d classes now",
-            folder,
+            where,
             largest,
             below,
             largest + 1,
@@ -129,15 +138,12 @@ def _check_shard(index: Index, shard: int, decode: Callable[[bytes], object] | N
     """Problems of one shard; at most MOST_PROBLEMS of a kind are spelled out."""
     if decode is None:
         from dist_kd.data.decode import decode_image as decode  # needs torch, which nothing else here does
-    where = index.location(shard)
     try:
-        with open(index.open_shard(shard), "rb", buffering=0) as file:
+        with _opened(index, shard) as file:
             problems = list(_problems(index, shard, file, decode))
-    except DataError as error:  # one from another machine that does not come
+    except DataError as error:
         problems = [("structure", str(error))]
-    except OSError as error:
-        problems = [("structure", f"shard `{where}` cannot be read ({error.strerror}); put it back, or index again")]
-    return list(_spelled_out(where, problems))
+    return list(_spelled_out(index.location(shard), problems))
 
 
 def _problems(index: Index, shard: int, file: BinaryIO, decode: Callable[[bytes], object]) -> Iterator[tuple[str, str]]:
@@ -146,7 +152,7 @@ def _problems(index: Index, shard: int, file: BinaryIO, decode: Callable[[bytes]
     keys: list[str] = []
     marks, said = rows, {}  # what is marked: as the shard is now, if its rows are those of the index
     try:
-        scan = scan_file(file, where, info.name, len(index.classes))
+        scan = scan_shard(file, where, info.name, len(index.classes))
     except DataError as error:
         yield "structure", str(error)
     else:

@@ -13,7 +13,6 @@ import sys
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ import xxhash
 
 from dist_kd.data.damage import KINDS, NO_IMAGE, NO_LABEL, WRONG_LABEL, damage_of, is_marked
 from dist_kd.data.tar_walk import Member, TarWalk, shown
-from dist_kd.errors import DataError
 
 # One row of the index, 20 bytes: where the image of a sample lies in its shard, its label, its checksum.
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("checksum", "<u4")])
@@ -67,22 +65,13 @@ def checksum(image: bytes) -> int:
     return xxhash.xxh3_64_intdigest(image) & 0xFFFFFFFF
 
 
-def scan_shard(path: Path, name: str, num_classes: int | None = None) -> Scan:
-    """What is in a shard; reads every byte once.
+def scan_shard(file: BinaryIO, where: str, name: str, num_classes: int | None = None) -> Scan:
+    """What is in an open shard, which messages name by `where`; reads every byte once. OSError if reading fails.
 
     Without `num_classes` labels are 0 to MOST_CLASSES - 1. A sample with bad content is marked; DataError at the first
     damage to the tar's structure, at a link, a nameless member or a second image or label of a key.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return scan_file(file, str(path), name, num_classes)
-    except OSError as error:
-        raise DataError(f"shard `{path}` cannot be read ({error.strerror}); check its path and permissions") from None
-
-
-def scan_file(file: BinaryIO, shown_as: str, name: str, num_classes: int | None = None) -> Scan:
-    """scan_shard of an open file; messages name it `shown_as`. OSError if reading fails."""
-    walk = TarWalk(file, os.fstat(file.fileno()).st_size, shown_as)
+    walk = TarWalk(file, os.fstat(file.fileno()).st_size, where)
     samples = _Samples(walk, num_classes)
     for member in walk.members():
         samples.add(member)

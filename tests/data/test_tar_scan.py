@@ -19,7 +19,8 @@ PAX, GLOBAL, LONG_NAME, LONG_LINK = (
 
 
 def scan(path, num_classes=None):
-    return scan_shard(path, path.name, num_classes)
+    with open(path, "rb") as file:
+        return scan_shard(file, str(path), path.name, num_classes)
 
 
 @pytest.fixture
@@ -247,7 +248,11 @@ CONTENT = {
     "neither": ([("b.txt", b"x")], "missing_image", r"no image for key `b`"),
     "dotted key": ([("b.005.jpg", b"x"), ("b.005.cls", b"0")], "missing_image", r"no image for key `b`.*first dot"),
     "image of 0 bytes": ([("b.jpg", b""), ("b.cls", b"0")], "empty", r"image of 0 bytes for key `b`"),
-    "label no integer": ([("b.jpg", b"x"), ("b.cls", b"cat")], "label", r"`b.cls` says label `cat`, which is not an integer"),
+    "label no integer": (
+        [("b.jpg", b"x"), ("b.cls", b"cat")],
+        "label",
+        r"`b.cls` says label `cat`, which is not an integer",
+    ),
     "label empty": ([("b.jpg", b"x"), ("b.cls", b"")], "label", NO_INTEGER),
     "label with a point": ([("b.jpg", b"x"), ("b.cls", b"3.0")], "label", NO_INTEGER),
     "label negative": ([("b.jpg", b"x"), ("b.cls", b"-1")], "label", r"`-1`, which must be one of 0..4"),
