@@ -42,7 +42,7 @@ from dist_kd.errors import DataError
 log = logging.getLogger(__name__)
 
 TOUCH_S = 60.0  # a shard's last use is noted at most this often
-ROOM_STEP = 64 << 20  # room promised at a time to a shard of unknown size
+ROOM_STEP = 16 << 20  # room promised at a time to a shard of unknown size
 LEFTOVER_S = 3600.0  # a part nobody has written for so long is not coming back
 ANEW = "put the shard of the index there again, or index the shards anew"
 
@@ -305,7 +305,8 @@ class _Fetch:
             except TryAgain as error:
                 if isinstance(error, Changed):
                     self._restart()
-                patience.pause(error, moved=self.length > furthest)
+                of = f" of {self.total}" if self.total is not None else ""
+                patience.pause(error, self.length > furthest, f"; {self.length}{of} bytes came")
                 furthest = max(furthest, self.length)
         return None
 
@@ -324,7 +325,9 @@ class _Fetch:
             self._restart()
         self.version = head.version
         total = self.size if self.size is not None else head.total
-        room = total if total is not None else self.length + ROOM_STEP
+        room = self.total = total
+        if room is None:
+            room = min(self.length + ROOM_STEP, self.cache.limit_bytes)
         write_note(self.note_path, {"url": shown(self.url), "version": self.version, "total": total, "boot": boot()})
         self.cache._make_room(self.url, self.key, room, self.deadline)
         for chunk in stream:
@@ -332,14 +335,11 @@ class _Fetch:
                 self._restart()
                 raise TryAgain(f"`{shown(self.url)}` sent more than its {total} bytes")
             if total is None and self.length + len(chunk) > room:
-                room += ROOM_STEP
+                room = max(min(room + ROOM_STEP, self.cache.limit_bytes), self.length + len(chunk))
                 self.cache._make_room(self.url, self.key, room, self.deadline)
             write_all(self.held, chunk)
             self.digest.update(chunk)
             self.length += len(chunk)
-            if time.monotonic() > self.deadline:
-                of = f" of {total}" if total is not None else ""
-                raise TryAgain(f"`{shown(self.url)}`: only {self.length}{of} bytes came in time")
         if total is not None and self.length < total:
             raise TryAgain(f"`{shown(self.url)}` ended after {self.length} of {total} bytes")
         if total is None and not self.sha256:

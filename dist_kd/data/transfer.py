@@ -105,11 +105,14 @@ class Stream:
             yield chunk
 
     def _take(self) -> Any:
-        wait = min(self._limits.backstop_s, self._deadline - time.monotonic())
+        rest = self._deadline - time.monotonic()
         try:
-            item = self._queue.get(timeout=max(wait, 0.001))
+            if rest <= 0:  # also while bytes still come
+                raise queue.Empty
+            item = self._queue.get(timeout=min(self._limits.backstop_s, rest))
         except queue.Empty:
-            raise TryAgain(f"`{shown(self._url)}`: nothing came for {max(wait, 0):.3g} s") from None
+            late = "did not come in time" if rest < self._limits.backstop_s else "fell silent"
+            raise TryAgain(f"`{shown(self._url)}` {late}") from None
         if isinstance(item, BaseException):
             raise item
         return item
@@ -141,13 +144,16 @@ class Patience:
         self._limits, self._deadline = limits, deadline
         self._began, self._failures = time.monotonic(), 0
 
-    def pause(self, error: TryAgain, moved: bool = False) -> None:
-        """Wait before the next attempt, or raise DataError. `moved`: new bytes had come, so the count begins again."""
+    def pause(self, error: TryAgain, moved: bool = False, have: str = "") -> None:
+        """Wait before the next attempt, or raise DataError.
+
+        `moved`: new bytes had come, so the count of failures begins again. `have`: what there is so far, in words.
+        """
         self._failures = 1 if moved else self._failures + 1
         limits, now = self._limits, time.monotonic()
         pause = min(limits.pause_s * 2.0 ** (self._failures - 1), limits.longest_pause_s) * random.uniform(0.5, 1.0)
         pause = max(pause, min(error.pause_s, limits.longest_pause_s))
-        spent = f"after {self._failures} attempts without a new byte, {now - self._began:.1f} s in all"
+        spent = f"after {self._failures} attempts without a new byte, {now - self._began:.1f} s in all{have}"
         if self._failures >= limits.attempts:
             raise DataError(f"{error}; gave up {spent}") from error
         if now + pause >= self._deadline:

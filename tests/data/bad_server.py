@@ -34,6 +34,7 @@ class BadServer:
     always: dict[str, Answer] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
+    sent: list[str] = field(default_factory=list)  # paths of answers that were taken to their end
     ranges: bool = True
 
     def __enter__(self) -> BadServer:
@@ -74,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = waiting.pop(0) if waiting else self.world.always.get(self.name, well)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             answer(self)
+            self.world.sent.append(self.name)
         self.close_connection = True
 
     def begin(self, *, length: bool = True, extra: dict[str, str] | None = None) -> bytes | None:
