@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 
 from dist_kd.config import Config
-from dist_kd.contracts import NetworkSpec
-from dist_kd.data import memory, sources
-from dist_kd.data.finding import open_data
+from dist_kd.contracts import NetworkSpec, World
+from dist_kd.data import fetch_ahead, memory, remote_sets, sources
+from dist_kd.data.finding import CACHE_SHARE, check_present, open_data, split_folder
 from dist_kd.data.index import Index
 from dist_kd.data.loader import EvalLoader
 from dist_kd.data.order import Order
-from dist_kd.data.pack import split_folder
+from dist_kd.data.shard_cache import ShardCache, cache_folder
 from dist_kd.data.views import EvalView
 from dist_kd.errors import ConfigError
 from dist_kd.evaluation import Evaluator
@@ -21,39 +21,63 @@ from dist_kd.runtime import Runtime
 MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels kept in memory without being asked
 
 
-def open_split(where: str, split: str) -> Index | None:
+def shard_cache(config: Config) -> ShardCache:
+    """Where this run keeps shards of other machines."""
+    return ShardCache(cache_folder(), int(1e9 * config.cache_gb), CACHE_SHARE * config.loader_timeout)
+
+
+def open_split(where: str, split: str, cache: ShardCache | None = None) -> Index | None:
     """The index of one split of `where`: a known set, a folder with train/ and val/, shards, or a pattern."""
     known = sources.ensure_known(where)
     folder = split_folder(str(known or where), split)
-    return None if folder is None else open_data(folder)
+    return None if folder is None else open_data(folder, cache)
+
+
+def on_every_rank(runtime: Runtime, opened: Callable[[], Index | None]) -> Index | None:
+    """What `opened` opens, on every rank. Rank 0 goes first: it may have to pack or index, and sees that local shards
+    are all there; a remote index it sends to the others, which may be on nodes that have not got it."""
+
+    def first() -> remote_sets.Sent | None:
+        index = opened()
+        if index is not None and not index.url:
+            check_present(index)
+        return remote_sets.sent(index) if index is not None and index.url else None
+
+    remote = runtime.on_main(first)
+    return remote_sets.received(remote) if remote else opened()
 
 
 def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
-    """Training and validation index. Rank 0 goes first: it may have to pack or index."""
+    """Training and validation index."""
+    cache = shard_cache(config)
 
-    def opened() -> tuple[Index, Index]:
-        train = open_split(config.data, "train")
-        val = open_split(config.val_data or config.data, "val")
+    def validation() -> Index:
+        val = open_split(config.val_data or config.data, "val", cache)
         if val is None and config.val_data:
-            val = open_data(config.val_data)
+            val = open_data(config.val_data, cache)
         if val is None:
             raise ConfigError(
                 f"--data `{config.data}` has no folder `val`; give --val-data, or pack it with "
                 "`dist-kd pack SOURCE DEST --val-fraction 0.1`"
             )
-        if train.classes != val.classes:
-            raise ConfigError(
-                f"--data has {len(train.classes)} classes and --val-data {len(val.classes)}, or in another order; "
-                "pack both with the same --class-list"
-            )
-        return train, val
+        return val
 
-    runtime.on_main(lambda: opened() and None)
-    return opened()
+    train = on_every_rank(runtime, lambda: open_split(config.data, "train", cache))
+    val = on_every_rank(runtime, validation)
+    if train.classes != val.classes:
+        raise ConfigError(
+            f"--data has {len(train.classes)} classes and --val-data {len(val.classes)}, or in another order; "
+            "pack both with the same --class-list"
+        )
+    return train, val
 
 
 def keep_in_memory(config: Config, index: Index) -> bool:
-    return memory.fits(index, MEMORY_BUDGET) if config.in_memory is None else config.in_memory
+    if config.in_memory is not None:
+        return config.in_memory
+    if index.url and index.image_size is None:  # an estimate would fetch shards from all over the set
+        return False
+    return memory.fits(index, MEMORY_BUDGET)
 
 
 def loader_settings(config: Config, index: Index) -> dict:
@@ -68,17 +92,30 @@ def loader_settings(config: Config, index: Index) -> dict:
     }
 
 
-def data_lines(config: Config, train: Index, val: Index, order: Order, augment: str) -> list[str]:
+def check_cache(config: Config, world: World, train: Index, order: Order) -> None:
+    """ConfigError, with the arithmetic, if --cache-gb is too little for this order of remote shards."""
+    if train.url and not keep_in_memory(config, train):
+        fetch_ahead.check_cache(train, order, world)
+
+
+def data_lines(config: Config, world: World, train: Index, val: Index, order: Order, augment: str) -> list[str]:
     """What the header says of the data."""
     mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
     where = (
         "in memory" if keep_in_memory(config, train) else f"{len(train.shards)} shard(s), {config.workers} worker(s)"
     )
-    return [
+    lines = [
         f"data     {train.spec.name}: {train.spec.num_samples:,} training samples, {train.spec.num_classes} classes, "
         f"{where}; {order.left_out} left out per epoch, others each time",
         f"         {val.spec.num_samples:,} validation samples; augmentation {augment}{mixed}",
     ]
+    if train.url and not keep_in_memory(config, train):
+        lines.append(f"         {fetch_ahead.cache_line(train, order, world)}")
+    elif train.url or val.url:
+        lines.append(f"         remote, through {cache_folder()}: up to {config.cache_gb:g} GB")
+    elif config.cache_gb != Config.model_fields["cache_gb"].default:
+        lines.append(f"         --cache-gb {config.cache_gb:g} has no effect: the shards are on this machine")
+    return lines
 
 
 def make_evaluator(

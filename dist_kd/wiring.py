@@ -33,7 +33,7 @@ from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime, StopRequests, start_runtime
-from dist_kd.sets import data_lines, loader_settings, make_evaluator, open_sets
+from dist_kd.sets import check_cache, data_lines, loader_settings, make_evaluator, open_sets
 from dist_kd.teacher import NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 
@@ -93,16 +93,19 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     config, say = parsed.config, runtime.say
     train, val = open_sets(config, runtime)
     start = find_start(config, folder, runtime)
-    settings = config.result_settings() | {"mixed_precision": runtime.precision}
+    # the data is what is in it, wherever it lies
+    data = {"data": train.spec.fingerprint, "val_data": val.spec.fingerprint}
+    settings = config.result_settings() | data | {"mixed_precision": runtime.precision}
     check_same_run(config, start, settings, train.spec.fingerprint)
     resharded = check_layout(config, start, runtime.world.world_size)
     plan = make_plan(config, runtime.world.world_size, train.spec.num_samples)
     streams, window = (
         (start.facts["layout"]["streams"], start.facts["layout"]["window"])
         if start.checkpoint
-        else choose_layout(train.spec.shard_sizes, config.batch_size, local=True)
+        else choose_layout(train.spec.shard_sizes, config.batch_size, local=not train.url)
     )
     order = Order(train.spec.shard_sizes, config.batch_size, config.seed, streams, window)
+    check_cache(config, runtime.world, train, order)
     layout = {
         "streams": streams,
         "window": window,
@@ -180,7 +183,9 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     if start.checkpoint is not None:
         restore(run, start)
     teacher_parameters = sum(p.numel() for p in plain_teacher.parameters()) if plain_teacher else 0
-    for line in results.header(config, run, layout, data_lines(config, train, val, order, augment), teacher_parameters):
+    for line in results.header(
+        config, run, layout, data_lines(config, runtime.world, train, val, order, augment), teacher_parameters
+    ):
         say(line)
     if resharded:
         say(resharded)

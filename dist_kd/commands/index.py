@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 
 from dist_kd.commands.pack import count
-from dist_kd.data import finding
+from dist_kd.data import finding, remote_sets
 from dist_kd.data.damage import is_marked
 from dist_kd.data.index import read_facts, write_index
+from dist_kd.data.remote_urls import check_url, is_remote
 from dist_kd.data.sources import read_class_list
 from dist_kd.data.survey import MAX_BAD_FRACTION, build_index
 from dist_kd.data.views import check_augment
-from dist_kd.errors import DataError
+from dist_kd.errors import ConfigError, DataError
 
 
 def main(argv: list[str]) -> int:
@@ -21,21 +22,31 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.augment is not None:
         check_augment(args.augment)
-    shards = _named(args.shards)
-    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
-    place = args.output or folder
+    place, urls = args.output, [word for word in args.shards if is_remote(word)]
+    for url in urls:
+        check_url(url)
+    if urls and place is None:
+        raise ConfigError("the index of shards on another machine needs a folder here: give --output DIR")
+    if not urls:
+        shards = _named(args.shards)
+        folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+        place = place or folder
     known = _noted(place)
-    classes = read_class_list(args.class_list) if args.class_list else known.get("classes")
-    index = build_index(
-        folder,
-        shards,
-        name=args.name or known.get("name") or folder.name,
-        classes=tuple(classes) if classes else None,
-        augment=args.augment or known.get("augment") or "none",
-        image_size=args.image_size or known.get("image_size"),
-        jobs=args.jobs,
-        max_bad_fraction=args.max_bad_fraction,
-    )
+    name, classes = args.name or known.get("name"), known.get("classes")
+    if args.class_list:
+        classes = read_class_list(args.class_list)
+    options = {
+        "classes": tuple(classes) if classes else None,
+        "augment": args.augment or known.get("augment") or "none",
+        "image_size": args.image_size or known.get("image_size"),
+        "jobs": args.jobs,
+        "max_bad_fraction": args.max_bad_fraction,
+    }
+    if urls:
+        named = remote_sets.named_shards([name for word in args.shards for name in finding.expand_braces(word)])
+        index = remote_sets.index_shards(named, finding.default_cache(), name=name, **options)
+    else:
+        index = build_index(folder, shards, name=name or folder.name, **options)
     write_index(index, place)
     size, bad = sum(shard.bytes for shard in index.shards), int(is_marked(index.rows).sum())
     print(
@@ -56,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
         "is kept.",
     )
     p.add_argument(
-        "shards", metavar="SHARDS", nargs="+", help="a folder, a brace pattern such as 'train-{000..099}.tar', or tars"
+        "shards",
+        metavar="SHARDS",
+        nargs="+",
+        help="a folder, a brace pattern such as 'train-{000..099}.tar', or tars; or their URLs",
     )
     p.add_argument(
         "--class-list",
@@ -76,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of samples that may be marked as damaged before this is an error (default: %(default)s)",
     )
-    p.add_argument("--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own)")
+    p.add_argument("--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own, but for URLs)")
     p.add_argument(
         "--jobs",
         type=count,

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from dist_kd.commands.pack import count
-from dist_kd.data.finding import open_data
+from dist_kd.data.finding import open_data, split_folder
+from dist_kd.data.remote_urls import check_url, is_remote, local_path
 from dist_kd.data.sources import ensure_known
 from dist_kd.data.survey import verify_index
 from dist_kd.errors import DataError
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "and whether each image decodes. Exit code 0 if all is well, 3 with the list of problems.",
     )
     p.add_argument(
-        "where", metavar="WHERE", nargs="+", help="a packed folder, a folder of shards, a brace pattern, a tar"
+        "where", metavar="WHERE", nargs="+", help="a packed folder, a folder of shards, a brace pattern, a tar; or their URLs"
     )
     p.add_argument("--json", action="store_true", help="print the result as JSON")
     p.add_argument(
@@ -54,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _parts(word: str) -> list[str]:
     """The folders that were packed together, or the word itself."""
+    if is_remote(word):
+        check_url(word)
+        below = {split: split_folder(word, split) for split in ("train", "val", "test")}
+        parts = [part for part in below.values() if part not in (None, word)]
+        return parts or [word]
+    word = local_path(word)
     folder = Path(word).expanduser()
     if not folder.exists():
         folder = ensure_known(word) or folder

@@ -6,7 +6,7 @@ uint8 rows, and delivery.py counts, moves and normalizes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from dist_kd.contracts import Batch, DataCounters, DataSpec, World
+from dist_kd.data import fetch_ahead
 from dist_kd.data.decode import TarSamples
 from dist_kd.data.delivery import Delivery
-from dist_kd.data.feed import Feed, Request, Rows, Shown
+from dist_kd.data.feed import Feed
 from dist_kd.data.index import Index
 from dist_kd.data.memory import MemorySamples
 from dist_kd.data.order import Order
+from dist_kd.data.rows import Request, Rows, Shown
 from dist_kd.errors import ConfigError
 
 
@@ -61,17 +63,29 @@ class TrainLoader:
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=True, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, workers, timeout_s, pin=self._delivery.pin)
+        self._remote = index if index.url and not in_memory else None
+        self._ahead: fetch_ahead.FetchAhead | None = None
 
     @property
     def counters(self) -> DataCounters:
         return self._delivery.counters
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Endless micro-batches from the first one of optimizer step `step` on. Ends those of an earlier call."""
-        return self._deliver(self._feed.start(_TrainRequests(self._order, self._world, self._micro_batch, step)))
+        """Endless micro-batches from the first one of optimizer step `step` on. Ends those of an earlier call.
+
+        Remote shards are fetched ahead, and are in the cache before a request is made of them.
+        """
+        self.close()
+        requests: Iterable[Request] = _TrainRequests(self._order, self._world, self._micro_batch, step)
+        if self._remote is not None:
+            self._ahead = fetch_ahead.training_fetch(self._remote, self._order, self._world, step)
+            requests = fetch_ahead.Fetched(requests, self._ahead)
+        return self._deliver(self._feed.start(requests))
 
     def close(self) -> None:
-        """End the workers; `batches` may be called again."""
+        """End the workers and what fetches ahead; `batches` may be called again."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._feed.close()
 
     def _deliver(self, rows_of: Iterator[Rows]) -> Iterator[Batch]:
@@ -115,6 +129,8 @@ class EvalLoader:
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)
+        self._remote = index if index.url and not in_memory else None
+        self._fetched = fetch_ahead.Fetched(self._requests)
 
     @property
     def counters(self) -> DataCounters:
@@ -122,8 +138,15 @@ class EvalLoader:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches; the set's last is shorter. Workers are kept for the next call."""
-        if self._requests:
-            yield from map(self._delivery.batch, self._feed.start(self._requests))
+        if not self._requests:
+            return
+        ahead = self._remote and fetch_ahead.evaluation_fetch(self._remote, self._requests)
+        self._fetched.ahead = ahead
+        try:
+            yield from map(self._delivery.batch, self._feed.start(self._fetched))
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     def close(self) -> None:
         """End the workers; `batches` may be called again."""

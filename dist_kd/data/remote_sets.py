@@ -40,21 +40,39 @@ def open_remote(urls: list[str], cache: ShardCache) -> Index:
 
     DataError and ConfigError say what was looked for and what to do.
     """
+    if _is_folder(urls):
+        return _fetched(urls[0].rstrip("/"), cache) or _indexed(named_shards(urls), cache)
+    shards = named_shards(urls)
+    return _part_of_our_index(shards, cache) or _indexed(shards, cache)
+
+
+def named_shards(urls: list[str]) -> list[str]:
+    """The shards that URLs name: all of a folder that can be listed, or the shards themselves; errors as above."""
     if local := [url for url in urls if not is_remote(url)]:
         raise DataError(f"data names shards here and on other machines, such as `{local[0]}`; name one or the other")
     for url in urls:
         check_url(url)
-    if len(urls) == 1 and not _is_shard(urls[0]):
-        folder = urls[0].rstrip("/")
-        if (found := _fetched(folder, cache)) is not None:
-            return found
-        return _indexed(list_tars(folder), cache)
+    if _is_folder(urls):
+        return list_tars(urls[0].rstrip("/"))
     shards = [shard for url in urls for shard in (list_tars(url) if "*" in url.rpartition("/")[2] else [url])]
     if strange := [shard for shard in shards if not _is_shard(shard)]:
         raise DataError(f"data names `{shown(strange[0])}` among shards, which end in .tar; name one folder, or shards")
     if double := [shard for shard, count in Counter(shards).items() if count > 1]:
         raise DataError(f"data names a shard twice: {_some(double)}")
-    return _part_of_our_index(shards, cache) or _indexed(shards, cache)
+    return shards
+
+
+def index_shards(shards: list[str], cache: ShardCache, *, name: str | None = None, **options) -> Index:
+    """The index of remote shards, each fetched and read once; nothing is kept. `options` are those of build_index."""
+    folder = shards[0].rpartition("/")[0]
+    log.warning(
+        "the %d shards of %s are read for their index: one-time pass over all of them, through the cache in %s",
+        len(shards),
+        shown(folder),
+        cache.folder,
+    )
+    names = [shard.removeprefix(f"{folder}/") for shard in shards]
+    return build_index(Path("/"), names, name=name or _common_name(shards), url=folder, cache=cache, **options)
 
 
 def remote_split(where: str, split: str) -> str | None:
@@ -153,23 +171,7 @@ def _indexed(shards: list[str], cache: ShardCache) -> Index:
     key = _key(*shards)
     if (known := _known(key, cache)) is not None:
         return known
-    folder = shards[0].rpartition("/")[0]
-    log.warning(
-        "the %d shards of %s have no index: one-time pass over all of them, through the cache in %s",
-        len(shards),
-        shown(folder),
-        cache.folder,
-    )
-    index = build_index(
-        Path("/"),
-        [shard.removeprefix(f"{folder}/") for shard in shards],
-        name=_common_name(shards),
-        classes=None,
-        jobs=JOBS,
-        url=folder,
-        cache=cache,
-    )
-    return _kept(index, key)
+    return _kept(index_shards(shards, cache, classes=None, jobs=JOBS), key)
 
 
 # what is kept
@@ -214,6 +216,10 @@ def _key(*parts: str) -> str:
 
 def _addresses(index: Index) -> list[str]:
     return [index.address(shard) for shard in range(len(index.shards))]
+
+
+def _is_folder(urls: list[str]) -> bool:
+    return len(urls) == 1 and not _is_shard(urls[0])
 
 
 def _is_shard(url: str) -> bool:
