@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_kd.contracts import DataCounters
 from dist_kd.errors import CheckpointError
 
-SCHEMA = 1
+SCHEMA = 2  # 1 counted bad samples without their kinds
 PREFIX = "step_"
 REPLACED = ".replaced"
 
@@ -34,9 +35,10 @@ class TrainState:
     best_top1: float = -1.0
     best_step: int = -1
     evaluations: int = 0
-    bad_samples: int = 0
     skipped_steps: int = 0  # updates dropped by fp16 loss scaling
     meter_sums: list[float] = field(default_factory=list)  # of the unfinished log window
+    data: DataCounters = field(default_factory=DataCounters)  # of training, summed over all ranks
+    val_bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
 
@@ -211,7 +213,9 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
     """The checkpoint's content. CheckpointError if a file cannot be read; verify first with `problem`."""
     try:
         facts = read_facts(checkpoint)
-        state = TrainState(**facts.pop("state"))
+        fields = facts.pop("state")
+        fields.pop("bad_samples", None)  # schema 1
+        state = TrainState(**fields | {"data": DataCounters(**fields.get("data", {}))})
         tensors = {p.stem: load_file(p, device=str(device)) for p in sorted(checkpoint.glob("*.safetensors"))}
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

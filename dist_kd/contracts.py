@@ -5,7 +5,7 @@ Tensor shapes: B batch, C classes, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -92,12 +92,32 @@ class DataCounters:
 
     bad: dict[str, int] = field(default_factory=dict)  # kind of damage -> samples replaced
     retries: int = 0
+    epoch: int = 0
+    in_epoch: int = 0  # samples replaced in this epoch: all different ones
+    first: dict[str, str] = field(default_factory=dict)  # kind -> a sentence about the first one
+    named: list[str] = field(default_factory=list)  # the first ones
+
+
+class DataAccount(Protocol):
+    """What a source says of the damaged samples it was to show."""
+
+    mine: DataCounters  # of this rank
+    limit: float  # samples that may be bad in one epoch, or one evaluation, over all ranks
+
+    def load(self, saved: DataCounters, *, main: bool) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def of_all(self, reduce_sum: Callable[[Tensor], Tensor], gather: Callable[[Any], list]) -> DataCounters: ...
+
+    def check(self, counters: DataCounters, seen: int = 0) -> None: ...
 
 
 class TrainSource(Protocol):
     """Training batches of this rank. Nothing above can tell streaming from memory."""
 
     spec: DataSpec
+    account: DataAccount
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Endless micro-batches from the first one of optimizer step `step` on."""
@@ -108,6 +128,7 @@ class EvalSource(Protocol):
     """Evaluation batches of this rank: each sample of the set is on exactly one rank, exactly once."""
 
     spec: DataSpec
+    account: DataAccount
 
     def batches(self) -> Iterator[Batch]: ...
 

@@ -15,6 +15,7 @@ class DistKDError(Exception):
 
     exit_code = 1
     kind = "error"
+    alike = False  # True where every rank raises the same: then one of them says it
 
 
 class ConfigError(DistKDError):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_kd.contracts import Batch, EvalSource, ModelOutput
+from dist_kd.contracts import Batch, DataCounters, EvalSource, ModelOutput
 
 ECE_BINS = 15  # Guo et al. 2017, arXiv 1706.04599: equal-width bins of confidence
 COUNTS = ("samples", "top1", "top5", "loss", "agreement", "compared")
@@ -31,6 +31,7 @@ class Scores:
     compared: int  # samples whose teacher top-1 is known
     seconds: float
     complete: bool = True  # False if a stop request ended it early: then no figure is used
+    data: DataCounters = field(default_factory=DataCounters)  # what of the set was damaged, hence not scored
 
     def values(self, prefix: str) -> dict[str, float]:
         """Metrics with their keys, e.g. val/top1 in percent."""
@@ -41,6 +42,7 @@ class Scores:
             "loss": self.loss_sum / n,
             "ece": self.ece,
             "samples": self.samples,
+            "bad_samples": sum(self.data.bad.values()),
         }
         if self.compared:
             values["agreement"] = 100 * self.agreements / self.compared
@@ -98,19 +100,24 @@ class Evaluator:
         autocast: Callable[[], AbstractContextManager[Any]],
         reduce_sum: Callable[[Tensor], Tensor],
         reduce_max: Callable[[Tensor], Tensor],
+        gather: Callable[[Any], list],
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self.source = source
         self._device, self._rounds = device, rounds
-        self._autocast, self._reduce_sum, self._reduce_max, self._stopped = autocast, reduce_sum, reduce_max, stopped
+        self._autocast, self._stopped = autocast, stopped
+        self._reduce_sum, self._reduce_max, self._gather = reduce_sum, reduce_max, gather
         self._expected: Tensor | None = None  # [N] the teacher's top-1 of each sample of the set, -1 where unknown
 
     def score(self, network: Callable[[Tensor], ModelOutput], *, remember: bool = False) -> Scores:
         """Scores of `network` (normalized images -> ModelOutput); `remember` keeps its top-1 for agreement.
 
-        A stop request is looked for once per round, the same number of times on every rank.
+        A stop request is looked for once per round, the same number of times on every rank. DataError, on all ranks,
+        if more samples are damaged than may be.
         """
         start = time.perf_counter()
+        account = self.source.account
+        account.clear()
         sums = _Sums(self._device)
         predicted = torch.full((self.source.spec.num_samples,), -1, dtype=torch.int32, device=self._device)
         batches = iter(self.source.batches())
@@ -131,6 +138,9 @@ class Evaluator:
                     predicted[batch.samples] = top1.to(torch.int32)
         if hasattr(batches, "close"):
             batches.close()
+        data = account.of_all(self._reduce_sum, self._gather)
+        if complete:
+            account.check(data)
         if remember and complete:
             self._expected = self._reduce_max(predicted).to(self._device)
         counts = self._reduce_sum(sums.counts)
@@ -146,6 +156,7 @@ class Evaluator:
             compared=round(by_name["compared"]),
             seconds=time.perf_counter() - start,
             complete=complete,
+            data=data,
         )
 
     def share_answers(self, other: Evaluator) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from dist_kd import checkpoint
 from dist_kd.checkpoint import Snapshot, TrainState
-from dist_kd.contracts import Tracker, TrainSource
+from dist_kd.contracts import DataCounters, Tracker, TrainSource
 from dist_kd.ema import Average
 from dist_kd.errors import DivergedError
 from dist_kd.evaluation import Evaluator
@@ -59,8 +60,11 @@ def seed_networks(seed: int, step: int, first_row: int, device: torch.device) ->
 
 
 def fit(run: Run) -> str:
-    """Trains from run.state on; "done" or "preempted". At each boundary: log, evaluate, save, stop, then one step."""
-    state, plan = run.state, run.plan
+    """Trains from run.state on; "done" or "preempted". At each boundary: log, evaluate, save, stop, then one step.
+
+    DataError, on all ranks and after a checkpoint, if more samples are damaged than may be.
+    """
+    state, plan, account = run.state, run.plan, run.source.account
     batches = run.source.batches(state.step)
     run.learner.train()
     run.meters.restart_clock()
@@ -71,12 +75,13 @@ def fit(run: Run) -> str:
             improved = stopping = False
             if plan.eval_due(state.step) and state.evaluated_at != state.step:
                 improved, stopping = _evaluate(run)
-            stopping = run.stop.agreed() or stopping
+            stopping = run.stop.agreed(account.mine.in_epoch, account.limit) or stopping
             finished = state.step == plan.total_steps
             wanted = improved or stopping or finished or due(state.step, plan.checkpoint_steps)
             if wanted and saved != (state.step, state.evaluated_at):
                 _save(run)
                 saved = (state.step, state.evaluated_at)
+                account.check(state.data, seen=run.stop.exceeded)
             if finished:
                 return "done"
             if stopping:
@@ -140,7 +145,8 @@ def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
             f"{plan.log_steps} diverged; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from "
             "the last checkpoint"
         )
-    state.bad_samples += round(values["data/bad_samples"])
+    data = _account(run)
+    values |= {f"data/bad/{kind}": float(count) for kind, count in data.bad.items()}
     values |= {
         "train/lr": plan.lr_at(state.step - 1),
         "train/grad_norm": float(grad_norm),
@@ -148,7 +154,9 @@ def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
         "train/samples": float(state.step * plan.global_batch),
         "train/skipped_steps": float(state.skipped_steps),
         "time/images_per_s": 1000 * plan.global_batch / values["time/step_ms"],
-        "data/bad_samples": float(state.bad_samples),
+        "data/bad_samples": float(sum(data.bad.values())),
+        "data/retries": float(data.retries),
+        "data/left_out": float(run.facts["layout"]["left_out"]),
     }
     if run.runtime.device.type == "cuda":
         values["time/memory_bytes"] = float(torch.cuda.max_memory_allocated(run.runtime.device))
@@ -157,6 +165,21 @@ def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
         values["train/scale"] = float(scaler.get_scale())
     run.tracker.log(values, state.step)
     run.meters.restart_clock()
+
+
+def _account(run: Run) -> DataCounters:
+    """What happened to the samples so far, on all ranks; each kind of damage is shown when it is first seen."""
+    before, now = run.state.data, run.source.account.of_all(run.runtime.reduce_sum, run.runtime.gather)
+    for kind in now.bad.keys() - before.bad.keys():
+        run.tracker.note(f"warning: {now.first[kind]}. Its row counts nothing; more such ({kind}) are only counted")
+    run.state.data = now
+    return now
+
+
+def note_unscored(run: Run, data: DataCounters) -> None:
+    """Shows each kind of damage to validation samples when it is first seen."""
+    for kind in data.bad.keys() - run.state.val_bad.keys():
+        run.tracker.note(f"warning: {data.first[kind]}. It is not scored; more such ({kind}) are only counted")
 
 
 def _evaluate(run: Run) -> tuple[bool, bool]:
@@ -174,6 +197,10 @@ def _evaluate(run: Run) -> tuple[bool, bool]:
     state.evaluated_at = state.step
     state.evaluations += 1
     state.last = {k.removeprefix("val/"): v for k, v in values.items()} | {"step": state.step}
+    note_unscored(run, scores.data)
+    state.val_bad = scores.data.bad
+    if run.runtime.world.is_main:
+        run.source.account.mine.retries += scores.data.retries
     improved = values["val/top1"] > state.best_top1
     if improved:
         state.best_top1, state.best_step, state.best = values["val/top1"], state.step, dict(state.last)
@@ -184,6 +211,7 @@ def _evaluate(run: Run) -> tuple[bool, bool]:
 def snapshot(run: Run) -> Snapshot:
     """What a checkpoint holds now. Rank 0's buffers are the run's. Sums of all ranks stand in one place."""
     accelerator = run.runtime.accelerator
+    _account(run)
     run.state.meter_sums = run.runtime.reduce_sum(run.meters.state()).tolist()
     tensors = {"model": run.student.state_dict()}
     if any(True for _ in run.method.state_dict()):
@@ -193,7 +221,7 @@ def snapshot(run: Run) -> Snapshot:
     optimizer = {"optimizer": run.optimizer.state_dict()}
     if accelerator.scaler is not None:
         optimizer["scaler"] = accelerator.scaler.state_dict()
-    return Snapshot(TrainState(**asdict(run.state)), tensors, optimizer, run.facts)
+    return Snapshot(deepcopy(run.state), tensors, optimizer, run.facts)
 
 
 def _save(run: Run) -> None:

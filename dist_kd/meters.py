@@ -120,7 +120,6 @@ class Meters:
         values["time/step_ms"] = 1000 * wall / steps
         values |= {f"time/{p}_ms": 1000 * parts.get(p, 0.0) / steps for p in PARTS}
         values["time/other_ms"] = max(0.0, values["time/step_ms"] - sum(values[f"time/{p}_ms"] for p in PARTS))
-        values["data/bad_samples"] = sums["bad"]
         self._sums.zero_()
         self.restart_clock()
         return values

@@ -82,12 +82,13 @@ def summary(run: Run, teacher: tuple[Any, Scores] | None, folder: RunFolder, sec
         spec, scores = teacher
         values = {k.removeprefix("teacher/"): v for k, v in scores.values("teacher").items()}
         result["teacher"] = {"arch": spec.arch, "weights": spec.weights, **values}
-    counters = run.source.counters
     result["skipped"] = {
         "left_out_per_epoch": run.facts["layout"]["left_out"],
-        "bad_samples": dict(counters.bad),
-        "bad_samples_total": state.bad_samples,
-        "retries": counters.retries,
+        "bad_samples": state.data.bad,
+        "bad_samples_total": sum(state.data.bad.values()),
+        "bad_samples_named": state.data.named,
+        "val_bad_samples": state.val_bad,
+        "retries": state.data.retries,
         "skipped_steps": state.skipped_steps,
     }
     result["plan"] = dataclasses.asdict(run.plan)

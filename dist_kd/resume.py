@@ -83,8 +83,8 @@ def check_layout(config: Config, start: Start, world_size: int) -> str | None:
     processes = f"{layout['world_size']} -> {world_size} processes"
     if world_size not in works:
         raise ConfigError(
-            f"`{start.checkpoint}` cannot go on ({processes}): the global batch of `{config.batch_size}` stays, and with "
-            f"--device-batch-size `{config.device_batch_size}` it can be shared by {numbers or 'no number of'} "
+            f"`{start.checkpoint}` cannot go on ({processes}): the global batch of `{config.batch_size}` stays, and "
+            f"with --device-batch-size `{config.device_batch_size}` it can be shared by {numbers or 'no number of'} "
             f"processes; start so many, with --allow-reshard unless {layout['world_size']}"
         )
     micro = micro_batch_of(config, world_size)
@@ -101,7 +101,7 @@ def check_layout(config: Config, start: Start, world_size: int) -> str | None:
 
 
 def restore(run: Run, start: Start) -> None:
-    """Everything that grew, as it was at the checkpoint's step."""
+    """Everything that grew, as it was at the checkpoint's step. DataError if it had more bad samples than may be."""
     saved = checkpoint.load(start.checkpoint, run.runtime.device)
     run.student.load_state_dict(saved.tensors["model"])
     if "method" in saved.tensors:
@@ -111,6 +111,8 @@ def restore(run: Run, start: Start) -> None:
     run.optimizer.load_state_dict(saved.optimizer["optimizer"])
     if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
         run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
-    run.state = saved.state
-    if run.runtime.world.is_main and saved.state.meter_sums:
+    run.state, main = saved.state, run.runtime.world.is_main
+    if main and saved.state.meter_sums:
         run.meters.load(saved.state.meter_sums)  # the sum over all ranks: the others go on from zero
+    run.source.account.load(saved.state.data, main=main)
+    run.source.account.check(saved.state.data)

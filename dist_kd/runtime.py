@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from dist_kd.config import Config
 from dist_kd.contracts import World
-from dist_kd.errors import ConfigError
+from dist_kd.errors import ConfigError, DistKDError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GROUP_TIMEOUT = timedelta(minutes=15)  # longest wait in any collective
@@ -70,8 +71,18 @@ class Runtime:
                 outcome = (None, error)
         result, error = self.broadcast(outcome)
         if error is not None:
+            if isinstance(error, DistKDError):
+                error.alike = True
             raise error
         return result
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world.world_size == 1:
+            return [value]
+        values = [None] * self.world.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, as a new tensor on the CPU. Syncs the device."""
@@ -145,7 +156,7 @@ def start_runtime(config: Config) -> Runtime:
 
 
 class StopRequests:
-    """Signals, a STOP file and a time limit set one flag; ranks agree on it without a device sync.
+    """Signals, a STOP file, a time limit and too large a count end a run; ranks agree on it without a device sync.
 
     `agreed` is called once per step (and per round of any long loop) by every rank: it reads the answer to the
     question asked one call before and asks the next one, so a reduction is never waited for.
@@ -156,7 +167,8 @@ class StopRequests:
         self._file = run_dir / "STOP"
         self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._next_look = 0.0
-        self._asked: tuple[Any, Tensor] | None = None
+        self._asked: tuple[Any, Tensor, float] | None = None
+        self.exceeded = 0  # the sum of all counts, once it was more than it may be
         self.reason: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -191,22 +203,26 @@ class StopRequests:
                 self.reason = self.reason or "file STOP"
         return self.reason is not None
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop now. With several ranks the answer is one call old, hence the same on all."""
-        mine = self._look()
-        if self._runtime.world.world_size == 1:
-            return mine
-        stop = False
-        if self._asked is not None:
-            work, answer = self._asked
-            work.wait()
-            stop = bool(answer.item())
-        answer = torch.tensor([int(mine)], dtype=torch.int32)
-        work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._runtime.cpu_group, async_op=True)
-        self._asked = (work, answer)
-        if stop:
+    def agreed(self, count: int = 0, most: float = math.inf) -> bool:
+        """Whether all ranks stop now: one was asked to, or their counts together are above `most` (see `exceeded`).
+
+        With several ranks the answer is one call old, hence the same on all.
+        """
+        asked, total = int(self._look()), count
+        if self._runtime.world.world_size > 1:
+            question, before = (torch.tensor([asked, count]), most), self._asked
+            asked, total = 0, 0
+            if before is not None:
+                work, answer, most = before
+                work.wait()
+                asked, total = answer.tolist()
+            work = dist.all_reduce(question[0], group=self._runtime.cpu_group, async_op=True)
+            self._asked = (work, *question)
+        if total > most:
+            self.exceeded = total
+        if asked:
             self.reason = self.reason or "another rank was asked to stop"
-        return stop
+        return bool(asked or self.exceeded)
 
     def settle(self) -> None:
         """Waits for the question still under way, before the process group is closed."""

@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from dist_kd.contracts import Batch, DataSpec, ModelOutput
+from dist_kd.contracts import Batch, DataCounters, DataSpec, ModelOutput
 from dist_kd.evaluation import Evaluator, expected_calibration_error
+
+
+class Undamaged:
+    def clear(self): ...
+
+    def of_all(self, reduce_sum, gather):
+        return DataCounters()
+
+    def check(self, counters): ...
 
 
 class Source:
@@ -12,6 +21,7 @@ class Source:
 
     def __init__(self, logits, labels, size):
         self.logits, self.labels, self.size = logits, labels, size
+        self.account = Undamaged()
         self.spec = DataSpec("test", tuple(str(c) for c in range(logits.shape[1])), (len(labels),), "f")
 
     def batches(self):
@@ -27,7 +37,8 @@ def evaluator(logits, labels, size=3, rounds=None, **more):
     rounds = rounds or -(-len(labels) // size)
     return Evaluator(
         Source(logits, labels, size), device=torch.device("cpu"), rounds=rounds, autocast=nullcontext,
-        reduce_sum=lambda t: t.clone(), reduce_max=lambda t: t.clone(), **more,
+        reduce_sum=lambda t: t.clone(), reduce_max=lambda t: t.clone(),
+        gather=lambda value: [value], **more,
     )  # fmt: skip
 
 

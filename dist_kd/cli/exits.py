@@ -39,7 +39,7 @@ def ended(call: Callable[[], int | None]) -> int:
 
 
 def _speaks(error: DistKDError) -> bool:
-    if isinstance(error, UsageError):
+    if error.alike or isinstance(error, UsageError):
         return is_speaker()
     # a setting fails alike on a node, but perhaps on one node only (a missing file): one voice a node
     return not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"

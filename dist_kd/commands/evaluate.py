@@ -34,8 +34,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: as trained, or no")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=_share,
+        help="share of the samples that may be damaged, and are then not scored (default: as trained, or 0.01)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line")
     return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got `{text}`")
+    return value
 
 
 def main(argv: list[str]) -> int:
@@ -53,6 +65,7 @@ def main(argv: list[str]) -> int:
         "mixed_precision": args.mixed_precision,
         "val_data": args.data,
         "workers": args.workers,
+        "max_bad_fraction": args.max_bad_fraction,
     }
     subject = _of_run(folder, args.checkpoint) if is_run else _of_folder_or_name(args)
     config = subject.config.model_copy(update={k: v for k, v in changes.items() if v is not None})
@@ -88,6 +101,9 @@ def main(argv: list[str]) -> int:
         f"{network.spec.arch} on {n} samples: top-1 {scores.top1_hits}/{n} = {result['top1']:.2f} %, "
         f"top-5 {scores.top5_hits}/{n} = {result['top5']:.2f} %, loss {result['loss']:.4f}, ECE {scores.ece:.2f} %"
     )
+    if scores.data.bad:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in scores.data.bad.items())
+        text += f"; {result['bad_samples']} damaged samples not scored ({kinds}): {', '.join(scores.data.named)}"
     runtime.say(json.dumps(result) if args.json else text)
     runtime.close()
     return 0

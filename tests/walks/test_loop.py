@@ -58,7 +58,7 @@ def test_a_diverged_run_stops_and_keeps_its_best(digits, tmp_path):
     inner = run.source
 
     class Nan:
-        counters, spec = inner.counters, inner.spec
+        account, spec = inner.account, inner.spec
 
         def batches(self, step):
             return broken(inner.batches(step))
