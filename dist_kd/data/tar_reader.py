@@ -109,7 +109,14 @@ class TarReader:
             while len(self._open) >= OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1])
             self._open[shard] = self.index.open_shard(shard)
-            self._first_seen.setdefault(shard, _identity(os.fstat(self._open[shard])))
+            now, indexed = os.fstat(self._open[shard]), self.index.shards[shard].bytes
+            if now.st_size != indexed and not self.index.url:
+                self._forget(shard)
+                raise DataError(
+                    f"shard `{self.index.location(shard)}` has {now.st_size} bytes where the index says {indexed}: it "
+                    "was cut, replaced or added to; copy it again, or index the shards anew"
+                )
+            self._first_seen.setdefault(shard, _identity(now))
         return self._open[shard]
 
     def _change(self, shard: int) -> str:

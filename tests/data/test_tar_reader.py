@@ -73,6 +73,7 @@ def test_wrong_bytes_are_a_bad_sample(index):
 def test_a_shard_that_is_too_short_or_gone_ends_the_run(index):
     reader = TarReader(index)
     offset = int(index.rows[8]["offset"])
+    reader.read(7)  # the shard is open, and whole
     os.truncate(index.shard_path(1), offset + 10)
     with pytest.raises(DataError, match=r"sample 8 .*ends after 10 of them.*copy it again") as short:
         reader.read(8)
@@ -80,6 +81,10 @@ def test_a_shard_that_is_too_short_or_gone_ends_the_run(index):
     os.truncate(index.shard_path(1), offset - 10)
     with pytest.raises(DataError, match=r"ends after 0 of them"):
         reader.read(8)
+    for _ in range(2):  # a reader that opens it now reads nothing of it
+        with pytest.raises(DataError, match=rf"shard .* has {offset - 10} bytes where the index says \d+"):
+            (another := TarReader(index)).read(7)
+        assert not another._open
     index.shard_path(2).unlink()
     with pytest.raises(DataError, match=r"sample 20 .*No such file.*put the shard back") as gone:
         reader.read(20)
