@@ -31,6 +31,7 @@ from dist_kd.errors import DataError
 
 MAX_PIXELS = 64_000_000  # decoding takes up to 20 bytes each (JPEG 3 to 10, PNG 10, WebP 18): 1.3 GB
 MAX_BYTES = MOST_IMAGE_BYTES
+SIZE_SLACK = 4  # times the pixels that the index says all images have
 MAX_SCANS = 100  # of a JPEG: files have 1 to 20, and 70 bytes more are 40 ms more on 64 million pixels
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -66,10 +67,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX
     return _decode_by_pillow(data, frame)
 
 
-def image_shape(data: bytes) -> tuple[int, int]:
+def image_shape(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> tuple[int, int]:
     """(height, width) from the header alone; DataError as `decode_image`."""
-    frame = _checked_frame(data, MAX_PIXELS, MAX_BYTES)
+    frame = _checked_frame(data, max_pixels, max_bytes)
     return frame.height, frame.width
+
+
+def most_pixels(index: Index) -> int:
+    """Of one image of this index: whoever holds many at once counts on the size that it gives, within limits."""
+    return MAX_PIXELS if index.image_size is None else min(MAX_PIXELS, SIZE_SLACK * index.image_size**2)
 
 
 class TarSamples:
@@ -78,6 +84,7 @@ class TarSamples:
     def __init__(self, index: Index):
         self.index = index
         self.reader = TarReader(index)
+        self.max_pixels = most_pixels(index)
 
     def pixels(self, sample: int) -> torch.Tensor:
         """uint8 [3, H, W]. BadSample if the content is damaged; DataError if the shard cannot be read."""
@@ -87,7 +94,7 @@ class TarSamples:
         """(height, width), from the header; errors as `pixels`."""
         return self._of(sample, image_shape)
 
-    def _of(self, sample: int, work: Callable[[bytes], Any]) -> Any:
+    def _of(self, sample: int, work: Callable[[bytes, int], Any]) -> Any:
         """What `work` makes of the bytes of a sample, if the index has nothing against it."""
         _, row = self.index.locate(sample)
         if kind := damage_of(row):
@@ -96,7 +103,7 @@ class TarSamples:
             raise self.bad(sample, DataError(f"it has `{row['length']}` bytes, but at most {MAX_BYTES} are accepted"))
         data = self.reader.read(sample)
         try:
-            return work(data)
+            return work(data, self.max_pixels)
         except DataError as error:
             raise self.bad(sample, error) from None
 

@@ -13,6 +13,7 @@ import torch
 from dist_kd.data.decode import TarSamples
 from dist_kd.data.index import Index
 from dist_kd.data.tar_reader import BadSample
+from dist_kd.errors import DataError
 
 PEEKED = 64  # images whose headers are read to estimate a set
 MARGIN = 1.1  # on such an estimate
@@ -61,6 +62,7 @@ class MemorySamples:
                 self.bad.update(bad for found in pool.map(attempt(measure), parts) for bad in found)
                 self._sizes = sizes
                 self._ends = np.cumsum(3 * sizes[:, 0] * sizes[:, 1])
+                _check_room(int(self._ends[-1]))
                 self._buffer = torch.empty(int(self._ends[-1]), dtype=torch.uint8)
                 self.bad.update(bad for found in pool.map(attempt(decode), parts) for bad in found)
             except BaseException:
@@ -86,6 +88,16 @@ class MemorySamples:
         end = int(self._ends[sample])
         # channels last, as decode_image gives them
         return self._buffer[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
+
+
+def _check_room(size: int) -> None:
+    """DataError if this machine has not so many bytes of memory: they would be promised, and then the run killed."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise DataError(
+            f"the decoded images take `{size / 1e9:.1f}` GB, but this machine has {memory / 1e9:.1f} GB of memory; "
+            "read them from their shards: `--no-in-memory`"
+        )
 
 
 def decoded_bytes(index: Index) -> int:
