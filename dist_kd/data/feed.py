@@ -27,6 +27,7 @@ from dist_kd.errors import DataError
 
 PREFETCH = 2  # requests each worker has in hand
 GRACE_S = 3.0  # for workers to end by themselves
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Shared:
@@ -140,7 +141,11 @@ class Feed:
                 generator=torch.Generator(),  # else it draws from torch's own, and so disturbs training
                 **several,
             )
-        self._iterator = iter(self._loader)
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the workers ignore them
+        try:
+            self._iterator = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         if self.workers:
             self.running.add(self)
             _name_dead_workers()
@@ -208,7 +213,7 @@ class Feed:
         if sample < 0:
             return "had read nothing yet"
         shard, _ = self.dataset.index.locate(sample)
-        return f"was at sample {sample} of shard `{self.dataset.index.shard_path(shard)}`"
+        return f"was at sample {sample} of shard `{self.dataset.index.location(shard)}`"
 
     def _epitaphs(self) -> list[str]:
         """What each dead worker was at."""
@@ -226,8 +231,8 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
     Workers end when they are told, or within seconds of the main process's death.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _dead_worker(error: Exception) -> DataError:

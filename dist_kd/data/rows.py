@@ -126,4 +126,4 @@ class Shown(Dataset):
                 return other, self.samples.pixels(other)
             except BadSample:
                 continue
-        raise DataError(f"shard `{self.index.shard_path(shard)}` has no readable sample; copy it again")
+        raise DataError(f"shard `{self.index.location(shard)}` has no readable sample; copy it again")

@@ -3,12 +3,19 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import webdataset
 
+from dist_kd.contracts import World
+from dist_kd.data.loader import _TrainRequests
+from dist_kd.data.survey import build_index
+from dist_kd.data.views import TrainView
 from dist_kd.errors import DataError
 
 # conftest.py has the loaders' fixtures
@@ -78,6 +85,8 @@ def test_a_killed_worker_seen_from_another_thread(index, train):
 
 
 class Stuck:
+    """Its workers read one sample and stop there."""
+
     image_size = 6
 
     def batch(self, pixels, epoch, samples, out=None):
@@ -85,14 +94,55 @@ class Stuck:
         time.sleep(1000)
 
 
+def place_of(loader, request):
+    """How messages name the first sample of a request."""
+    requests = iter(_TrainRequests(loader._order, World(), 6, 0))
+    samples = next(itertools.islice(requests, request, None)).samples
+    index = loader._feed.dataset.index
+    shard, _ = index.locate(int(samples[0]))
+    return rf"was at sample {samples[0]} of shard `{index.shard_path(shard)}`"
+
+
 def test_a_hung_worker_is_a_data_error_in_time(index, train):
     loader = train(index, Stuck(), workers=2, timeout_s=0.5)
     batches = loader.batches(0)
     pids = workers_of(loader)
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"no batch came within `0.5` s from 2 loader processes .*--loader-timeout"):
+    with pytest.raises(
+        DataError, match=r"no batch came within `0.5` s from 2 loader processes .*--loader-timeout"
+    ) as e:
         next(batches)
+    assert place_of(loader, 0) in str(e.value)  # of the worker whose batch comes next
     assert time.monotonic() - start < 8
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_killed_worker_is_named_by_the_sample_it_was_at(index, train, worker):
+    loader = train(index, Stuck(), workers=2)
+    batches = loader.batches(0)
+    pids = workers_of(loader)
+    deadline = time.monotonic() + 20
+    while (loader._feed._shared.at < 0).any() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(DataError, match=r"loader process died") as error:
+        os.kill(pids[worker], signal.SIGKILL)
+        next(batches)
+    assert place_of(loader, worker) in str(error.value)
+    loader.close()
+    assert gone(pids)
+
+
+def test_a_stopped_worker_ends_the_run_within_the_limit(index, train):
+    loader = train(index, workers=2, timeout_s=1.0)
+    batches = loader.batches(0)
+    next(batches)
+    pids = workers_of(loader)
+    os.kill(pids[0], signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"no batch came within `1` s .*the one awaited was at sample \d+ of shard `"):
+        list(itertools.islice(batches, 50))
+    assert time.monotonic() - start < 10
     assert gone(pids)
 
 
@@ -139,13 +189,13 @@ def test_hung_workers_do_not_hold_up_an_exit(index, timed):
 
 
 def test_stop_signals_are_left_to_the_main_process(index, train):
+    """Also those that come while workers are still starting."""
     loader = train(index, workers=2)
     batches = loader.batches(0)
-    shown = [next(batches)]
     for pid in workers_of(loader):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(pid, number)
-    shown += itertools.islice(batches, 20)
+    shown = list(itertools.islice(batches, 21))
     expected = list(itertools.islice(train(index).batches(0), 21))
     assert all(torch.equal(a.images, b.images) for a, b in zip(shown, expected, strict=True))
 
@@ -170,3 +220,26 @@ def test_close_ends_the_workers(index, train):
     loader.close()
     assert gone(pids)
     loader.close()
+
+
+def memory_of(pid):
+    """Megabytes of a process by kind, as the kernel counts them."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name.rstrip(":"): int(size) / 1024 for name, size, _ in map(str.split, lines)}
+
+
+def test_the_memory_of_a_worker_is_bounded_and_flat(real_data, tmp_path, train):
+    """100 photographs are 56 MB decoded, so an epoch kept, or a batch of it each time, would show."""
+    photographs, shard = real_data / "imagenet-sample.tar", tmp_path / "a.tar"
+    with tarfile.open(photographs) as tar, webdataset.TarWriter(str(shard)) as writer:
+        for number, member in enumerate(filter(tarfile.TarInfo.isfile, tar)):
+            image = tar.extractfile(member).read()
+            writer.write({"__key__": f"k{number:03d}", "jpg": image, "cls": number})
+    index = build_index(tmp_path, [shard], name="photographs", classes=None)
+    loader = train(index, TrainView("rrc+flip", 224, 0), batch=20, micro_batch=20, workers=1)
+    batches, found = loader.batches(0), []
+    for _epoch in range(3):
+        list(itertools.islice(batches, 5))
+        found.append(memory_of(workers_of(loader)[0]))
+    assert all(memory["Private_Dirty"] + memory["Private_Clean"] < 96 for memory in found), found
+    assert max(memory["Rss"] for memory in found[1:]) - found[0]["Rss"] < 24, found
