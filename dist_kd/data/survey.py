@@ -137,7 +137,9 @@ def _largest_label(where: str, labels: np.ndarray) -> int:
 def _check_shard(index: Index, shard: int, decode: Callable[[bytes], object] | None) -> list[str]:
     """Problems of one shard; at most MOST_PROBLEMS of a kind are spelled out."""
     if decode is None:
-        from dist_kd.data.decode import decode_image as decode  # needs torch, which nothing else here does
+        from dist_kd.data.decode import decode_image, most_pixels  # needs torch, which nothing else here does
+
+        decode = partial(decode_image, max_pixels=most_pixels(index))
     try:
         with _opened(index, shard) as file:
             problems = list(_problems(index, shard, file, decode))
