@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, get_args
 
@@ -78,5 +79,6 @@ def shown(value: object) -> str:
     """A value for a message: in backticks, one line, ASCII, at most 80 characters."""
     if isinstance(value, bool) or value is None:
         return f"`{'null' if value is None else str(value).lower()}`"
-    text = str(value).encode("unicode_escape").decode()
+    text = re.sub(r"//[^/@\s]*@", "//...@", str(value))  # a URL's user and password
+    text = text.encode("unicode_escape").decode()
     return f"`{text if len(text) <= 80 else text[:77] + '...'}`"

@@ -74,8 +74,19 @@ def _method(name: str, origin: str) -> str:
     return name
 
 
+def _data(where: str, origin: str) -> str:
+    # the message leaves out what it refuses: a credential, or a command
+    try:
+        importlib.import_module("dist_kd.data.remote_urls").check_url(where)
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({origin})") from None
+    return where
+
+
 # names are resolved here, to their one canonical spelling: `efficientnet-b0` and `efficientnet_b0` are one run
 NAMES: dict[str, Callable[[str, str], str]] = {
+    "data": _data,
+    "val_data": _data,
     "arch": _network,
     "teacher_arch": _network,
     "augment": _augment,
@@ -120,6 +131,10 @@ def _unless(*schedules: str) -> Idle:
     return Idle("schedule", lambda c: c.schedule not in schedules, f"unless with {remedy}")
 
 
+def _is_remote(where: str | None) -> bool:
+    return where is not None and importlib.import_module("dist_kd.data.remote_urls").is_remote(where)
+
+
 NO_TEACHER = Idle("method", lambda c: not METHODS[c.method].needs_teacher, _method_remedy)
 
 IDLE: dict[str, Idle] = {
@@ -137,7 +152,11 @@ IDLE: dict[str, Idle] = {
     "wandb_project": Idle("wandb", lambda c: not c.wandb, "without --wandb; add it"),
     "allow_changes": Idle("resume", lambda c: c.allow_changes and c.resume == "never", "with --resume never"),
     "allow_reshard": Idle("resume", lambda c: c.allow_reshard and c.resume == "never", "with --resume never"),
-    "loader_timeout": Idle("workers", lambda c: c.workers == 0, "with --workers 0, where nothing is waited for"),
+    "loader_timeout": Idle(
+        "workers",
+        lambda c: c.workers == 0 and not _is_remote(c.data) and not _is_remote(c.val_data),
+        "with --workers 0 and data on this machine, where nothing is waited for",
+    ),
 }
 
 # (settings concerned, when they clash, why and what to do)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_kd.config import Config
+from dist_kd.data.remote_urls import check_url
 from dist_kd.errors import ConfigError
 
 
@@ -57,8 +58,9 @@ def main(argv: list[str]) -> int:
     if args.checkpoint == "best" and not is_run:
         raise ConfigError(f"--checkpoint best needs a run's folder, and `{args.what}` is none")
 
+    check_url(args.data or "")
     from dist_kd.runtime import start_runtime
-    from dist_kd.sets import make_evaluator, open_split
+    from dist_kd.sets import make_evaluator, on_every_rank, open_split, shard_cache
 
     changes = {
         "device_batch_size": args.device_batch_size,
@@ -73,7 +75,8 @@ def main(argv: list[str]) -> int:
     if where is None:
         raise ConfigError("evaluate needs --data; only a run's folder knows its own validation set")
     runtime = start_runtime(config)
-    index = runtime.on_main(lambda: open_split(where, "val") or open_split(where, "train"))
+    cache = shard_cache(config)
+    index = on_every_rank(runtime, lambda: open_split(where, "val", cache) or open_split(where, "train", cache))
     network = subject.network
     if network.spec.num_classes != index.spec.num_classes:
         raise ConfigError(

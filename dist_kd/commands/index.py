@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of samples that may be marked as damaged before this is an error (default: %(default)s)",
     )
-    p.add_argument("--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own, but for URLs)")
+    p.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the index (default: the shards' own, but for URLs)"
+    )
     p.add_argument(
         "--jobs",
         type=count,

@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
         "and whether each image decodes. Exit code 0 if all is well, 3 with the list of problems.",
     )
     p.add_argument(
-        "where", metavar="WHERE", nargs="+", help="a packed folder, a folder of shards, a brace pattern, a tar; or their URLs"
+        "where",
+        metavar="WHERE",
+        nargs="+",
+        help="a packed folder, a folder of shards, a brace pattern, a tar; or their URLs",
     )
     p.add_argument("--json", action="store_true", help="print the result as JSON")
     p.add_argument(

@@ -175,14 +175,6 @@ def left_out(dest: Path) -> list[str]:
     return [path for file in sorted(shards) for path in shards[file]["left_out"]]
 
 
-def split_folder(where: str, split: str) -> str | None:
-    """What `--data WHERE` means for "train" or "val": the packed subfolder, or WHERE itself (for val: None)."""
-    below = Path(where).expanduser() / split
-    if below.is_dir():
-        return str(below)
-    return where if split == "train" else None
-
-
 # by many processes
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dist_kd.cli import parse
+from dist_kd.errors import ConfigError
+
 
 @pytest.mark.parametrize(
     ("line", "key", "words"),
@@ -69,3 +72,32 @@ def test_a_misunderstood_setting_raises_no_second_problem(problems):
     assert len(problems("--method kdd --T 4 --teacher-arch resnet50")) == 1
     assert len(problems("--schedule stp --lr-gamma 0.5")) == 1
     assert len(problems("--mixup x --batch-size 33")) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("http://me:hidden@host/set", "the URL of `host` carries a user name or a password"),
+        ("/disk/a.tar,s3://b/c.tar?X-Amz-Signature=hidden", "carries a credential in its query"),
+        ("pipe:cat hidden", "would run a command"),
+        ("ssh://host/hidden-{0..1}.tar", "the scheme `ssh:`"),
+    ],
+)
+def test_data_that_is_not_opened(where, words):
+    """Refused before torch is there, and what is refused is in no message."""
+    for line in (["--data", where], ["--data", "digits", "--val-data", where, "--print-config"]):
+        with pytest.raises(ConfigError) as caught:
+            parse(line, {})
+        assert words in str(caught.value) and "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        parse(["--data", "digits"], {"DIST_KD_DATA": where})
+    assert words in str(caught.value) and "variable DIST_KD_DATA" in str(caught.value)
+
+
+def test_a_password_in_the_wrong_place_is_not_repeated(problem):
+    assert problem(["https://me:hidden@host/set"]).startswith("`https://...@host/set`: is no flag")
+
+
+def test_remote_data_makes_the_loader_wait():
+    line = "--data https://host/set --workers 0 --loader-timeout 5"
+    assert parse(line.split(), {}).config.loader_timeout == 5

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from dist_kd.data.finding import open_data
+from dist_kd.data.finding import open_data, split_folder
 from dist_kd.data.index import write_index
 from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
@@ -84,3 +84,14 @@ def test_data_that_is_not_there(shards, tmp_path):
     refused(str(tmp_path / "empty"), r"neither index.json nor .tar files.*`dist-kd pack SOURCE .*empty`")
     os.rename(paths[1], folder / "val-0000.tar")
     refused(str(folder), r"several sets \(train-\*.tar, val-\*.tar\).*train-\*.tar")
+
+
+def test_data_names_its_splits(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert split_folder(str(tmp_path), "train") == str(tmp_path / "train")
+    assert split_folder(str(tmp_path), "val") is None
+    (tmp_path / "val").mkdir()
+    assert split_folder(str(tmp_path), "val") == str(tmp_path / "val")
+    assert split_folder(str(tmp_path / "train"), "train") == str(tmp_path / "train")
+    assert split_folder("x-{000..009}.tar", "train") == "x-{000..009}.tar"
+    assert split_folder("x-{000..009}.tar", "val") is None

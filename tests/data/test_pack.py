@@ -366,14 +366,3 @@ def test_odd_names_are_read_back(tmp_path):
         (image, label) for _, image, label in items
     )
     assert index.num_samples == 7
-
-
-def test_data_names_its_splits(tmp_path):
-    (tmp_path / "train").mkdir()
-    assert pack.split_folder(str(tmp_path), "train") == str(tmp_path / "train")
-    assert pack.split_folder(str(tmp_path), "val") is None
-    (tmp_path / "val").mkdir()
-    assert pack.split_folder(str(tmp_path), "val") == str(tmp_path / "val")
-    assert pack.split_folder(str(tmp_path / "train"), "train") == str(tmp_path / "train")
-    assert pack.split_folder("x-{000..009}.tar", "train") == "x-{000..009}.tar"
-    assert pack.split_folder("x-{000..009}.tar", "val") is None
