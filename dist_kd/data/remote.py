@@ -215,14 +215,15 @@ def _cause(error: BaseException) -> str:
 def _from_store(url: str, offset: int, version: str, limits: Limits) -> Iterator[Head | bytes]:
     with _store_words(url):
         store, path = _store(url, limits)
-        info = store.info(path)
-        if info.get("type") == "directory":
-            raise NotThere(f"`{shown(url)}` is a folder, not a file")
-        now = _store_version(info)
-        if offset and version and now != version:
-            offset = 0
-        yield Head(info.get("size"), offset, now)
         with store.open(path, "rb", block_size=STORE_CHUNK, cache_type="none") as file:
+            # what the file itself was opened as, if it says so: another object may come between two questions
+            info = getattr(file, "details", None) or store.info(path)
+            if info.get("type") == "directory":
+                raise IsADirectoryError
+            now = _store_version(info)
+            if offset and version and now != version:
+                offset = 0
+            yield Head(info.get("size"), offset, now)
             file.seek(offset)
             while chunk := file.read(STORE_CHUNK):
                 yield chunk
@@ -262,13 +263,16 @@ def _store_words(url: str) -> Iterator[None]:
     except ImportError:
         package = STORES[scheme_of(url)]
         raise DataError(f"{here} needs a package that is not installed; `pip install '{package}'`") from None
+    except IsADirectoryError:
+        raise NotThere(f"{here} is a folder, not a file") from None
     except FileNotFoundError:
         raise NotThere(f"{here} is not there; {ADVICE[404]}") from None
     except Exception as error:
         status = _status(error)
         text = f"{here}: {_plain(error)}"
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            raise Forbidden(f"{text}; {ADVICE[403]} (FSSPEC_S3_ANON=true asks S3 without any)") from None
+            public = "; FSSPEC_S3_ANON=true asks a public bucket without any" if scheme_of(url) in ("s3", "s3a") else ""
+            raise Forbidden(f"{text}; {ADVICE[403]}{public}") from None
         if type(error).__name__ == "FileExpired":
             raise Changed(f"{here} has changed while it was fetched") from None
         if status is not None:

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that serves files from memory and misbehaves as told."""
+"""A real HTTP server on this machine that misbehaves as told, and a wire in front of any server that falls silent."""
 
 from __future__ import annotations
 
@@ -187,3 +187,45 @@ def slow_headers(pause_s: float) -> Answer:
             handler.wfile.flush()
 
     return answer
+
+
+class Wire:
+    """Relays connections to a port of this machine; falls silent when `most` bytes have come back through it."""
+
+    def __init__(self, port: int, most: int | None = None):
+        self.passed, self._most, self._port = 0, most, port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._open = [self._listening]
+        self.port = self._listening.getsockname()[1]
+        self._start(self._accept)
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _start(self, work: Callable, *args) -> None:
+        threading.Thread(target=work, args=args, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                there = socket.create_connection(("127.0.0.1", self._port))
+                self._open += [here, there]
+                self._start(self._relay, here, there, False)
+                self._start(self._relay, there, here, True)
+
+    def _relay(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 16):
+                if counted:
+                    if self._most is not None and self.passed + len(chunk) > self._most:
+                        return
+                    self.passed += len(chunk)
+                target.sendall(chunk)
+            target.shutdown(socket.SHUT_WR)

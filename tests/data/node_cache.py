@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,3 +44,22 @@ def within(seconds: float):
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds
+
+
+OPEN = """
+import hashlib, logging, os, sys
+from pathlib import Path
+from dist_kd.data.shard_cache import ShardCache
+logging.basicConfig(level="INFO")
+if "AS_NOBODY" in os.environ and os.geteuid() == 0:
+    os.seteuid(65534)  # root may write everywhere
+url, folder, size, sha256, limit = sys.argv[1:]
+found = ShardCache(Path(folder), int(limit), 60.0).open(url, int(size) or None, sha256 or None)
+print(hashlib.sha256(os.pread(found, 1 << 30, 0)).hexdigest())
+"""
+
+
+def opener(url: str, folder: Path, size: int = SIZE, sha256: str = GOOD, limit: int = 10 * SIZE, **more):
+    """Another process that opens a shard and prints the sha256 of what it read."""
+    command = [sys.executable, "-c", OPEN, url, str(folder), str(size), sha256, str(limit)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)

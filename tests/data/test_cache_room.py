@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from data.bad_server import BadServer, cut, stall, trickle
-from data.node_cache import GOOD, QUICK, SHARD, SIZE, fetch, left, within
+from data.node_cache import GOOD, QUICK, SHARD, SIZE, fetch, left, opener, within
 
 from dist_kd.data.shard_cache import ShardCache
 from dist_kd.errors import DataError
@@ -34,23 +33,6 @@ def cache(tmp_path) -> ShardCache:
 
 
 # --- several processes
-
-OPEN = """
-import hashlib, logging, os, sys
-from pathlib import Path
-from dist_kd.data.shard_cache import ShardCache
-logging.basicConfig(level="INFO")
-if "AS_NOBODY" in os.environ and os.geteuid() == 0:
-    os.seteuid(65534)  # root may write everywhere
-url, folder, size, sha256, limit = sys.argv[1:]
-found = ShardCache(Path(folder), int(limit), 60.0).open(url, int(size) or None, sha256 or None)
-print(hashlib.sha256(os.pread(found, 1 << 30, 0)).hexdigest())
-"""
-
-
-def opener(url: str, folder: Path, size: int = SIZE, sha256: str = GOOD, limit: int = 10 * SIZE, **more):
-    command = [sys.executable, "-c", OPEN, url, str(folder), str(size), sha256, str(limit)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
 @pytest.mark.parametrize(("size", "sha256"), [(SIZE, GOOD), (0, "")], ids=["indexed", "foreign"])
