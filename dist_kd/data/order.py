@@ -171,19 +171,21 @@ class Order:
     def _window_samples(self, epoch: int, stream: int, window: int) -> np.ndarray:
         key, samples = self._windows.get(stream, (None, None))
         if key != (epoch, window):
+            samples = self._windows[stream] = (None, None)  # a window may be a whole epoch: the last one goes first
             length = self.steps_per_epoch * (self.batch // self.streams)  # of the stream
             first, last = window * self.window, min((window + 1) * self.window, length)
-            words = random_words(self.seed, epoch, WINDOW, last - first, stream=stream, window=window)
-            samples = self._at(epoch, stream * length + first + permutation(words))
+            order = permutation(random_words(self.seed, epoch, WINDOW, last - first, stream=stream, window=window))
+            samples = self._at(epoch, stream * length + first, stream * length + last)[order]
             self._windows[stream] = (epoch, window), samples
         return samples
 
-    def _at(self, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """Sample numbers at positions 0..N-1 of an epoch, before windows are permuted."""
-        first, ends, rotation = _laid_out(self.shard_sizes, self.window, self.seed, epoch)
-        places = (positions + rotation) % self.num_samples
-        piece = np.searchsorted(ends, places, side="right")
-        return places - ends[piece] + first[piece]
+    def _at(self, epoch: int, first: int, last: int) -> np.ndarray:
+        """Sample numbers at positions first..last-1 of an epoch, before windows are permuted."""
+        stops, ends, rotation = _laid_out(self.shard_sizes, self.window, self.seed, epoch)
+        places = np.arange(first + rotation, last + rotation)
+        places %= self.num_samples
+        places += (stops - ends)[np.searchsorted(ends, places, side="right")]
+        return places
 
 
 @lru_cache(maxsize=4)
