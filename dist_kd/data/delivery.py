@@ -27,7 +27,9 @@ class Delivery:
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         channels_last: bool,
+        ledger: str = "",
     ):
+        """`ledger`: how the name of the ledger's file begins."""
         self.device = torch.device(device)
         self.pin = self.device.type == "cuda"
         self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1)
@@ -36,7 +38,7 @@ class Delivery:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.account = account
         folder = os.environ.get(LEDGER)
-        self._ledger = Path(folder) / f"rank{world.rank}.txt" if folder else None
+        self._ledger = Path(folder) / f"{ledger}rank{world.rank}.txt" if folder else None
 
     def batch(self, rows: Rows) -> Batch:
         """The batch on the device; DataError if its samples could not be read at all."""
