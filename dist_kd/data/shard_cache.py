@@ -129,8 +129,11 @@ class ShardCache:
                 f"give at least `--cache-gb {size / 1e9 + 0.1:.1f}`"
             )
 
-    def _make_room(self, url: str, key: str, size: int, deadline: float) -> None:
-        """Evict, least recently used first, until `size` bytes for `key` are promised; waits for others' downloads."""
+    def _make_room(self, url: str, key: str, size: int, note: dict, deadline: float) -> None:
+        """Evict, least recently used first, until `size` bytes for `key` can be promised in its `note`.
+
+        Waits for the downloads of others, which can be evicted when they are done.
+        """
         self._check_fits(url, size)
         while True:
             with self._room(deadline):
@@ -148,7 +151,6 @@ class ShardCache:
                 if size - have > free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if used + size <= self.limit_bytes:
-                    note = read_note(self._path(f"{key}.json"))
                     write_note(self._path(f"{key}.json"), note | {"room": size})
                     return
             if time.monotonic() > deadline:
@@ -182,6 +184,8 @@ class ShardCache:
             return 0
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not same_file(held, part):  # became a shard meanwhile; what has its name now is another's
+                return 0
             size = os.fstat(held).st_size
             part.with_suffix(".json").unlink(missing_ok=True)
             part.unlink(missing_ok=True)
@@ -328,15 +332,15 @@ class _Fetch:
         room = self.total = total
         if room is None:
             room = min(self.length + ROOM_STEP, self.cache.limit_bytes)
-        write_note(self.note_path, {"url": shown(self.url), "version": self.version, "total": total, "boot": boot()})
-        self.cache._make_room(self.url, self.key, room, self.deadline)
+        note = {"url": shown(self.url), "version": self.version, "total": total, "boot": boot()}
+        self.cache._make_room(self.url, self.key, room, note, self.deadline)
         for chunk in stream:
             if total is not None and self.length + len(chunk) > total:
                 self._restart()
                 raise TryAgain(f"`{shown(self.url)}` sent more than its {total} bytes")
             if total is None and self.length + len(chunk) > room:
                 room = max(min(room + ROOM_STEP, self.cache.limit_bytes), self.length + len(chunk))
-                self.cache._make_room(self.url, self.key, room, self.deadline)
+                self.cache._make_room(self.url, self.key, room, note, self.deadline)
             write_all(self.held, chunk)
             self.digest.update(chunk)
             self.length += len(chunk)

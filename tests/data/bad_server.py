@@ -137,6 +137,21 @@ def cut(after: int, length: bool = True, reset: bool = False) -> Answer:
     return answer
 
 
+def chunked(after: int | None = None) -> Answer:
+    """The body in the chunks of HTTP/1.1, of no stated length; ends without the last one `after` bytes."""
+
+    def answer(handler: Handler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        body = handler.begin(length=False, extra={"Transfer-Encoding": "chunked"}) or b""
+        for first in range(0, len(body[:after]), 10_000):
+            chunk = body[:after][first : first + 10_000]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        if after is None:
+            handler.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
 def stall(after: int) -> Answer:
     """Falls silent `after` bytes into the body, and keeps the connection."""
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data.bad_server import BadServer, body, cut, stall, status, trickle, well
+from data.bad_server import BadServer, body, chunked, cut, stall, status, trickle, well
 from data.node_cache import GOOD, OTHER, QUICK, SHARD, SIZE, fetch, left, within
 
 from dist_kd.data.remote import Forbidden, NotThere
@@ -35,6 +35,7 @@ CURED = {
     "cut, length known": ([cut(100_000)], [None, 100_000]),
     "cut, no length": ([cut(100_000, length=False)], [None, 100_000]),
     "cut three times": ([cut(100_000), cut(100_000), cut(50_000)], [None, 100_000, 200_000, 250_000]),
+    "cut between chunks": ([chunked(100_000)], [None, 100_000]),
     "stalled once": ([stall(100_000)], [None, 100_000]),
     "wrong bytes once": ([body(OTHER, ETag='"v0"')], [None, None]),
     "more bytes than it says": ([body(SHARD + b"x" * 9, Transfer_Encoding="identity")], None),
@@ -168,6 +169,12 @@ def test_without_any_version_a_foreign_shard_begins_again(server, cache):
     server.first["a.tar"] = [cut(100_000)]
     assert fetch(cache, server.url("a.tar"), None, None) == SHARD
     assert server.offsets("a.tar") == [None, None]
+
+
+def test_a_chunked_body_is_known_to_be_whole_without_a_length(server, cache):
+    server.first["a.tar"] = [chunked(100_000), chunked()]
+    assert fetch(cache, server.url("a.tar"), None, None) == SHARD
+    assert server.offsets("a.tar") == [None, 100_000]
 
 
 def test_a_cut_nothing_could_reveal_is_said(server, cache, caplog):
