@@ -54,6 +54,18 @@ def test_gpu_kd(tmp_path):
     assert losses["ours"] == pytest.approx(losses["timm's"], rel=1e-4)  # both do the same work
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is looked up in /proc")
+def test_resume(tmp_path):
+    out = run(
+        *("resume.py", "--rounds", "1", "--calls", "1", "--workers", "0", "--batch-size", "8"),
+        *("--json", str(tmp_path / "resume.json")),
+    )
+    assert "at 90 % of the epoch" in out and "into the next epoch" in out
+    found = json.loads((tmp_path / "resume.json").read_text())
+    assert [row["workers"] for row in found["starts"]] == [0] and len(found["costs"]) == 6
+    assert all(one["own"] > 0 for row in found["costs"] for one in row["rounds"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
 def test_gpu_kd_says_that_there_is_no_gpu(load, capsys):
     assert load("gpu_kd").main([]) == 0
