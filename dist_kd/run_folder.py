@@ -53,6 +53,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.has_said = False  # whether this process wrote the status that stands there
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, or {} if it is not there."""
@@ -70,6 +71,7 @@ class RunFolder:
 
     def status(self, state: str, **facts: Any) -> None:
         """running | done | preempted | failed: the truth, since launchers hide exit codes."""
+        self.has_said = True
         self.write("status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
 
     def record_start(self, *, step: int, facts: dict[str, Any], start: dict[str, Any]) -> str:

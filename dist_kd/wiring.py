@@ -25,7 +25,7 @@ from dist_kd.ema import Average
 from dist_kd.errors import ConfigError, DistKDError
 from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
-from dist_kd.loop import Run, fit
+from dist_kd.loop import Run, fit, note_unscored
 from dist_kd.meters import Meters
 from dist_kd.methods import METHODS, build_method
 from dist_kd.optimizer import make_optimizer
@@ -211,10 +211,12 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         if scores.complete:
             values = scores.values("teacher")
             say(results.teacher_line(teacher.spec, scores))
+            note_unscored(run, scores.data)
             warning = teacher_warning(scores, train.spec.num_classes)
             if warning:
                 say(warning)
             if run.state.step == 0:
+                run.state.val_bad = scores.data.bad
                 run.tracker.log(values | {"teacher/classes": float(teacher.spec.num_classes)}, 0, kind="teacher")
     scored = (teacher.spec, scores) if scores is not None else None
     return run, {"teacher": scored, "teacher_parameters": teacher_parameters, "train": train}
@@ -271,6 +273,7 @@ def run_training(parsed: Parsed) -> int:
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
     runtime.on_main(lambda: _make(folder.path))
     run: Run | None = None
+    alike = False
     try:
         run, built = build_run(parsed, runtime, folder)
         outcome = fit(run)
@@ -287,10 +290,14 @@ def run_training(parsed: Parsed) -> int:
         runtime.close()
     except BaseException as error:
         _record_failure(runtime.world, folder, run, error)
+        alike = isinstance(error, DistKDError) and error.alike
         raise
     finally:
         if run is not None:
             run.source.close()
+        if alike:
+            runtime.barrier()  # a launcher ends all others when the first is gone, and rank 0 has yet to say why
+        if run is not None:
             run.stop.uninstall()
     return EXIT_PREEMPTED if outcome == "preempted" and not launched() else 0
 
@@ -303,7 +310,7 @@ def _record_failure(world: World, folder: RunFolder, run: Run | None, error: Bas
     message = str(error) or type(error).__name__
     step = run.state.step if run else None
     # a refused start must not overwrite the status of the run that stands in this folder
-    if run is not None or not (folder.path / "status.json").exists():
+    if folder.has_said or not (folder.path / "status.json").exists():
         folder.status("failed", step=step, kind=kind, message=message)
     if run is not None:
         run.tracker.close("failed")

@@ -65,8 +65,9 @@ class Account:
         if self._named is None or self._named[0] != bad:
             ranks: list[DataCounters] = gather(mine) if bad else []
             first = {kind: sentence for rank in reversed(ranks) for kind, sentence in rank.first.items()}
-            named = list(dict.fromkeys(name for rank in ranks for name in rank.named))[:MOST_NAMED]
-            self._named = bad, DataCounters(first=first, named=named)
+            named = {name for rank in ranks for name in rank.named}
+            by_number = sorted(named, key=lambda name: int(name.split()[1]))
+            self._named = bad, DataCounters(first=first, named=by_number[:MOST_NAMED])
         found = self._named[1]
         return DataCounters(bad, retries, mine.epoch, in_epoch, dict(found.first), list(found.named))
 

@@ -38,7 +38,7 @@ def test_ranks_are_added_and_an_epoch_starts_anew(index):
     assert found.bad == {"checksum": 2, "decode": 1} and (found.in_epoch, found.retries) == (3, 2)
     assert found.first == {"checksum": "sentence on 7", "decode": "sentence on 3"}
     assert found.named == [
-        "sample 7 of train-0001.tar (checksum)", "sample 3 of train-0000.tar (decode)",
+        "sample 3 of train-0000.tar (decode)", "sample 7 of train-0001.tar (checksum)",
         "sample 20 of train-0002.tar (checksum)",
     ]  # fmt: skip
     one.add(rows(1))
