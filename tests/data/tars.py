@@ -56,18 +56,18 @@ def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-# kind of damage -> (what becomes of a shard of 8 samples k..0.cls, .jpg to k..7, what the refusal says)
+# kind of damage -> (what becomes of a shard , whose members are two a sample, what the refusal says)
 STRUCTURE = {
     "cut at a member's end": (lambda d: d[: header_at(d, 6)], r"ends at byte \d+ without the end-of-archive blocks"),
     "cut in a header": (lambda d: d[: header_at(d, 6) + 100], r"ends inside the header"),
-    "cut in a member": (lambda d: d[: data_at(d, 7) + 100], r"inside `k\d+.jpg` \(\d+ bytes"),
+    "cut in a member": (lambda d: d[: data_at(d, 7) + 100], r"inside `[^`]+` \(\d+ bytes"),
     "cut in the end": (lambda d: d[: ended(d) + 512], r"cut inside its end-of-archive blocks"),
     "no end": (lambda d: d[: ended(d)], r"without the end-of-archive blocks"),
-    "bit in a name": (lambda d: flipped(d, header_at(d, 6) + 2), r"damaged header at byte \d+, behind `k\d+.jpg`"),
+    "bit in a name": (lambda d: flipped(d, header_at(d, 6) + 2), r"damaged header at byte \d+, behind `[^`]+`"),
     "bit in a size": (lambda d: flipped(d, header_at(d, 6) + 130), r"damaged header"),
     "header zeroed": (
         lambda d: d[: header_at(d, 6)] + bytes(512) + d[header_at(d, 6) + 512 :],
-        r"seems to end at byte \d+ \(behind `k\d+.jpg`\), but more follows",
+        r"seems to end at byte \d+ \(behind `[^`]+`\), but more follows",
     ),
     "zero blocks inside": (
         lambda d: d[: header_at(d, 6)] + bytes(2048) + d[header_at(d, 6) :],
@@ -80,6 +80,6 @@ STRUCTURE = {
     "a short web page": (lambda d: b"<!DOCTYPE html>", r"is not a tar"),
     "gzip": (lambda d: b"\x1f\x8b" + d[2:], r"is compressed \(gzip\)"),
     "no extension": (lambda d: d[: ended(d)] + block_of("b", b"x") + END, r"holds `b`, which has no extension"),
-    "key again": (lambda d: d[: ended(d)] + d, r"second (label|image) for key `k\d+`"),
+    "key again": (lambda d: d[: ended(d)] + d, r"second (label|image) for key `[^`]+`"),
     "a link": (lambda d: d[: ended(d)] + block_of("b.jpg", kind=tarfile.SYMTYPE) + END, r"holds `b.jpg` as a link"),
 }
