@@ -89,6 +89,7 @@ def loader_settings(config: Config, index: Index) -> dict:
         "in_memory": in_memory,
         "channels_last": config.channels_last,
         "timeout_s": config.loader_timeout,
+        "max_bad_fraction": config.max_bad_fraction,
     }
 
 
@@ -146,5 +147,6 @@ def make_evaluator(
         autocast=runtime.autocast,
         reduce_sum=runtime.reduce_sum,
         reduce_max=runtime.reduce_max,
+        gather=runtime.gather,
         stopped=stopped,
     )

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_kd.contracts import Batch, DataCounters, DataSpec, World
+from dist_kd.contracts import Batch, DataSpec, World
 from dist_kd.data import fetch_ahead
+from dist_kd.data.account import Account
 from dist_kd.data.decode import TarSamples
 from dist_kd.data.delivery import Delivery
 from dist_kd.data.feed import Feed
@@ -48,7 +49,7 @@ class TrainLoader:
     ):
         """`micro_batch` divides this rank's rows of a batch, and is even if rows are mixed in pairs.
 
-        `max_bad_fraction`: share of the set's samples that may be damaged; 0 makes the first one a DataError.
+        `max_bad_fraction`: 0 makes the first damaged sample a DataError; else `account` says when there are too many.
         """
         rows = order.rank_rows(0, world.rank, world.world_size).size
         if rows % micro_batch:
@@ -59,16 +60,13 @@ class TrainLoader:
             raise ConfigError(f"micro-batch `{micro_batch}` is odd, but mixup and cutmix pair its rows")
         self.spec: DataSpec = index.spec
         self._order, self._micro_batch, self._mix, self._world = order, micro_batch, mix, world
-        self._delivery = Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        self.account = Account(index, index.num_samples, max_bad_fraction)
+        self._delivery = Delivery(self.account, world, device, mean, std, channels_last)
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=True, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, workers, timeout_s, pin=self._delivery.pin)
         self._remote = index if index.url and not in_memory else None
         self._ahead: fetch_ahead.FetchAhead | None = None
-
-    @property
-    def counters(self) -> DataCounters:
-        return self._delivery.counters
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Endless micro-batches from the first one of optimizer step `step` on. Ends those of an earlier call.
@@ -125,16 +123,13 @@ class EvalLoader:
             Request(0, number, chosen[number * batch_size : (number + 1) * batch_size])
             for number in range(world.rank, -(-self.num_samples // batch_size), world.world_size)
         ]
-        self._delivery = Delivery(index, world, device, mean, std, channels_last, max_bad_fraction)
+        self.account = Account(index, self.num_samples, max_bad_fraction)
+        self._delivery = Delivery(self.account, world, device, mean, std, channels_last, ledger="evaluation-")
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)
         self._remote = index if index.url and not in_memory else None
         self._fetched = fetch_ahead.Fetched(self._requests)
-
-    @property
-    def counters(self) -> DataCounters:
-        return self._delivery.counters
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches; the set's last is shorter. Workers are kept for the next call."""
