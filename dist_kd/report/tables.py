@@ -290,7 +290,9 @@ def skipped(groups: Sequence[Group]) -> Table | None:
             key: number(lines[-1].get(f"data/{key}")) if lines else None
             for key in ("left_out", "bad_samples", "retries")
         }
-        kinds = mapping(facts.get("bad_samples"))
+        seen = {k: v for k, v in (lines[-1] if lines else {}).items() if k.startswith("data/bad/")}
+        kinds = mapping(facts.get("bad_samples", {k.removeprefix("data/bad/"): v for k, v in seen.items()}))
+        unscored = number(at(run.of_kind("val"), -1, "val/bad_samples"))
         total = number(facts.get("bad_samples_total"))
         if total is None:
             total = sum(number(v) or 0 for v in kinds.values()) if "bad_samples" in facts else live["bad_samples"]
@@ -299,18 +301,20 @@ def skipped(groups: Sequence[Group]) -> Table | None:
         retries = number(facts.get("retries", live["retries"]))
         steps = number(facts.get("skipped_steps", lines[-1].get("train/skipped_steps") if lines else None))
         if any(value is not None for value in (total, left_out, retries, steps)):
-            rows.append((run.name, count(left_out), count(total), reasons or NONE, count(retries), count(steps)))
+            figures = (count(unscored), count(retries), count(steps))
+            rows.append((run.name, count(left_out), count(total), reasons or NONE, *figures))
     columns = (
         "Run",
         ">Left out of each epoch",
         ">Damaged samples",
         "Kinds of damage",
+        ">Damaged in validation",
         ">Reads repeated",
         ">Steps skipped (fp16)",
     )
     note = (
         "Left out: samples that do not fill a batch, others in each epoch. Damaged samples keep their place with "
-        "weight 0. Steps are skipped where fp16 gradients overflow."
+        "weight 0, each epoch anew; in validation they are not scored. Steps are skipped where fp16 gradients overflow."
     )
     return Table("What was skipped", columns, tuple(rows), note) if rows else None
 

@@ -89,6 +89,8 @@ def test_weights_silence_rows_but_the_divisor_counts_them():
     b = batch(weights=torch.tensor([1.0, 0.0, 1.0]).double())
     per_sample = cross_entropy(S, b)
     assert run("ce", b=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item(), abs=1e-12)
+    per_sample = kd_loss(S, T, 4)
+    assert run("kd", T=4, w=1, b=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item())
 
 
 def test_soft_labels_and_smoothing_by_hand():

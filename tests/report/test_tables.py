@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from dist_kd.report import read_run, tables
@@ -83,6 +85,19 @@ def test_what_was_skipped_is_counted_with_its_kinds(groups):
     skipped = row(tables.skipped(groups), "kd-s2")
     assert (skipped["Left out of each epoch"], skipped["Damaged samples"]) == ("10", "3")
     assert skipped["Kinds of damage"] == "label 1, truncated 2"
+
+
+def test_a_run_under_way_shows_its_damage_too(make_run):
+    folder = make_run("under-way", steps=130, state="running")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    next(line for line in reversed(lines) if line["kind"] == "train").update(
+        {"data/bad/decode": 2, "data/bad/label": 1}
+    )
+    next(line for line in reversed(lines) if line["kind"] == "val")["val/bad_samples"] = 4
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skipped = row(tables.skipped(group_runs([read_run(folder)])), "under-way")
+    assert skipped["Damaged samples"] == "3" and skipped["Kinds of damage"] == "decode 2, label 1"
+    assert skipped["Damaged in validation"] == "4"
 
 
 def test_runs_say_how_they_stand_and_where_they_were_resumed(groups, make_run):
