@@ -33,7 +33,7 @@ def open_split(where: str, split: str, cache: ShardCache | None = None) -> Index
     return None if folder is None else open_data(folder, cache)
 
 
-def on_every_rank(runtime: Runtime, opened: Callable[[], Index | None]) -> Index | None:
+def on_every_rank(runtime: Runtime, cache: ShardCache, opened: Callable[[], Index | None]) -> Index | None:
     """What `opened` opens, on every rank. Rank 0 goes first: it may have to pack or index, and sees that local shards
     are all there; a remote index it sends to the others, which may be on nodes that have not got it."""
 
@@ -44,7 +44,7 @@ def on_every_rank(runtime: Runtime, opened: Callable[[], Index | None]) -> Index
         return remote_sets.sent(index) if index is not None and index.url else None
 
     remote = runtime.on_main(first)
-    return remote_sets.received(remote) if remote else opened()
+    return remote_sets.received(remote, cache) if remote else opened()
 
 
 def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
@@ -62,8 +62,10 @@ def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
             )
         return val
 
-    train = on_every_rank(runtime, lambda: open_split(config.data, "train", cache))
-    val = on_every_rank(runtime, validation)
+    train = on_every_rank(runtime, cache, lambda: open_split(config.data, "train", cache))
+    val = on_every_rank(runtime, cache, validation)
+    if runtime.world.local_rank == 0 and (train.url or val.url):
+        cache.clean()  # of what killed runs left
     if train.classes != val.classes:
         raise ConfigError(
             f"--data has {len(train.classes)} classes and --val-data {len(val.classes)}, or in another order; "

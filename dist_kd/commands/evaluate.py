@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("evaluate needs --data; only a run's folder knows its own validation set")
     runtime = start_runtime(config)
     cache = shard_cache(config)
-    index = on_every_rank(runtime, lambda: open_split(where, "val", cache) or open_split(where, "train", cache))
+    index = on_every_rank(runtime, cache, lambda: open_split(where, "val", cache) or open_split(where, "train", cache))
     network = subject.network
     if network.spec.num_classes != index.spec.num_classes:
         raise ConfigError(

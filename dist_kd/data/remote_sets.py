@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from dist_kd.data.index import MAX_JSON, ROW, Index, read_index, write_index
 from dist_kd.data.remote import Forbidden, NotThere, list_tars, read_small
 from dist_kd.data.remote_urls import check_url, is_remote, shown
-from dist_kd.data.shard_cache import ShardCache, cache_folder
+from dist_kd.data.shard_cache import LEFTOVER_S, ShardCache, cache_folder
 from dist_kd.data.survey import build_index
 from dist_kd.errors import DataError
 
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 JOBS = 4  # processes that fetch and read shards which have no index
 NPY_HEADER_BYTES = 4096
+ASIDE = ".index-"  # folders in which a fetched index is looked at before it is believed
 SHOWN = 3  # names shown of a long list
 
 
@@ -66,7 +68,8 @@ def index_shards(shards: list[str], cache: ShardCache, *, name: str | None = Non
     """The index of remote shards, each fetched and read once; nothing is kept. `options` are those of build_index."""
     folder = shards[0].rpartition("/")[0]
     log.warning(
-        "the %d shards of %s are read for their index: one-time pass over all of them, through the cache in %s",
+        "the %d shards of %s are read for their index: one-time pass over all of them, through the cache in %s "
+        "(`dist-kd index URLS --output DIR` does it beforehand)",
         len(shards),
         shown(folder),
         cache.folder,
@@ -91,12 +94,12 @@ class Sent(NamedTuple):
 
 
 def sent(index: Index) -> Sent:
-    return Sent(replace(index, rows=np.array(index.rows)), _key(index.fingerprint, *_addresses(index)))
+    return Sent(replace(index, rows=np.array(index.rows), cache=None), _key(index.fingerprint, *_addresses(index)))
 
 
-def received(this: Sent) -> Index:
-    """The same index, kept on this node."""
-    return _kept(this.index, this.key)
+def received(this: Sent, cache: ShardCache) -> Index:
+    """The same index, kept on this node, whose shards come through this node's cache."""
+    return _kept(replace(this.index, cache=cache), this.key)
 
 
 # the index beside the shards
@@ -123,7 +126,10 @@ def _fetched(folder: str, cache: ShardCache) -> Index | None:
     rows = read_small(f"{folder}/index.npy", NPY_HEADER_BYTES + count * ROW.itemsize)
     # what it says of places is not believed: names are those of neighbours, checked as of an index beside its shards
     facts = {name: value for name, value in facts.items() if name not in ("folder", "url")}
-    aside = Path(tempfile.mkdtemp(prefix=".index-", dir=_root()))
+    for left in _root().glob(f"{ASIDE}*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > LEFTOVER_S:
+            shutil.rmtree(left, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=_root()))
     try:
         (aside / "index.npy").write_bytes(rows)
         (aside / "index.json").write_text(json.dumps(facts))
