@@ -115,9 +115,9 @@ def _named(words: list[str]) -> list[Path]:
     """The shards that the words stand for, a folder for its *.tar. DataError if one is missing."""
     shards: list[Path] = []
     for word in words:
-        folder = Path(word).expanduser()
-        found = sorted(folder.absolute().glob("*.tar")) if folder.is_dir() else finding.expand(word)
-        missing = [shard for shard in found if not shard.is_file()]
+        folder = Path(os.path.expanduser(word))
+        found = sorted(folder.absolute().glob("*.tar")) if os.path.isdir(folder) else finding.expand(word)
+        missing = [shard for shard in found if not os.path.isfile(shard)]  # no error for what cannot be a path
         if missing or not found:
             what = f"`{missing[0]}` is not there" if missing else f"folder `{word}` holds no .tar"
             raise DataError(f"{what}; give a folder of shards, a brace pattern or a list")

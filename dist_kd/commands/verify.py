@@ -14,7 +14,7 @@ from dist_kd.data.finding import open_data, split_folder
 from dist_kd.data.remote_urls import check_url, is_remote, local_path
 from dist_kd.data.sources import ensure_known
 from dist_kd.data.survey import verify_index
-from dist_kd.errors import DataError
+from dist_kd.errors import DataError, one_line
 
 
 def main(argv: list[str]) -> int:
@@ -26,9 +26,9 @@ def main(argv: list[str]) -> int:
     for result in results if not args.json else ():
         size = f"{result['samples']:,} samples in {result['shards']} shards"
         verdict = f"{len(result['problems'])} problems" if result["problems"] else f"well ({result['seconds']} s)"
-        print(f"{result['where']}: {size}: {verdict}")
+        print(f"{one_line(result['where'])}: {size}: {verdict}")
         for problem in result["problems"]:
-            print(f"  {problem}", file=sys.stderr)
+            print(f"  {one_line(problem)}", file=sys.stderr)
     return DataError.exit_code if any(result["problems"] for result in results) else 0
 
 
@@ -64,10 +64,10 @@ def _parts(word: str) -> list[str]:
         parts = [part for part in below.values() if part not in (None, word)]
         return parts or [word]
     word = local_path(word)
-    folder = Path(word).expanduser()
-    if not folder.exists():
+    folder = Path(os.path.expanduser(word))
+    if not os.path.exists(folder):  # unlike pathlib's, no error for what cannot be a path
         folder = ensure_known(word) or folder
-    parts = [str(folder / split) for split in ("train", "val", "test") if (folder / split).is_dir()]
+    parts = [str(folder / split) for split in ("train", "val", "test") if os.path.isdir(folder / split)]
     return parts if parts and not (folder / "index.json").exists() else [str(folder)]
 
 

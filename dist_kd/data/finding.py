@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.9  # of the loader's time limit: the cache gives up first, as it knows what went wrong
 MOST_SHARDS = 1_000_000  # names a pattern may stand for
+DEEPEST = 20  # braces within braces
 SHOWN = 3  # names shown of a long list
 LOOKS = 16  # shards looked at at once
 JOBS = 8  # most processes that index shards on their first use
@@ -53,7 +54,7 @@ def open_data(where: str, cache: ShardCache | None = None) -> Index:
         return remote_sets.open_remote(expand_braces(where), cache or default_cache())
     where = local_path(where)
     folder = Path(os.path.expanduser(where))
-    if os.path.isdir(folder):  # unlike Path.is_dir, no error for what cannot be a path
+    if os.path.isdir(folder):
         if _has_our_index(folder):
             return read_index(folder, cache or default_cache())
         return _index_of(_shards_of(folder), folder.name)
@@ -74,9 +75,9 @@ def split_folder(where: str, split: str) -> str | None:
     if is_remote(where):
         check_url(where)
         return remote_sets.remote_split(where, split)
-    below = Path(local_path(where)).expanduser() / split
-    if below.is_dir():
-        return str(below)
+    below = os.path.join(os.path.expanduser(local_path(where)), split)
+    if os.path.isdir(below):  # unlike pathlib's, no error for what cannot be a path
+        return below
     return where if split == "train" else None
 
 
@@ -109,6 +110,8 @@ def expand(where: str) -> list[Path]:
 def expand_braces(where: str) -> list[str]:
     """The names a comma-separated list of brace patterns stands for, in order."""
     found: list[str] = []
+    if "\0" in where:
+        raise DataError(f"data `{where}` is no path: it has a null character")
     for pattern in _split_outside_braces(where):
         try:
             if (count := _count(pattern)) > MOST_SHARDS:
@@ -117,7 +120,9 @@ def expand_braces(where: str) -> list[str]:
                 )
             found += braceexpand.braceexpand(pattern) if pattern else []
         except (ValueError, RecursionError):
-            raise DataError(f"data `{pattern}` has unbalanced braces; a pattern is like `a-{{00..09}}.tar`") from None
+            raise DataError(
+                f"data `{pattern}` has unbalanced braces, or too deep ones; one is like `a-{{00..09}}.tar`"
+            ) from None
     return found
 
 
@@ -134,7 +139,7 @@ def _split_outside_braces(where: str) -> list[str]:
 
 
 def _count(pattern: str) -> int:
-    """How many names a brace pattern stands for, counted without making them. ValueError if that has 4,300 digits."""
+    """How many names a brace pattern stands for, counted without making them. ValueError if it is no sane pattern."""
 
     def of_text(text: str) -> int:  # braces within it stand there as \0COUNT\0 already
         return math.prod(int(count) for count in re.findall("\0([0-9]+)\0", text))
@@ -145,10 +150,12 @@ def _count(pattern: str) -> int:
         first, last = (braceexpand.alphabet.find(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
         return f"\0{abs(last - first) // (int(ends[3] or 1) or 1) + 1}\0"
 
-    rest, found = re.sub(r"\\.|\0", "", pattern), 1
-    while found:  # the innermost braces, then those around them
+    rest = re.sub(r"\\.", "", pattern)
+    for _ in range(DEEPEST):  # the innermost braces, then those around them
         rest, found = re.subn(r"\{([^{}]*)\}", of_braces, rest)
-    return of_text(rest)
+        if not found:
+            return of_text(rest)
+    raise ValueError
 
 
 def _has_our_index(folder: Path) -> bool:
@@ -192,7 +199,10 @@ def _part_of_our_index(shards: list[Path]) -> Index | None:
 
 def _index_of(shards: list[Path], name: str) -> Index:
     """The kept index of foreign shards if they have not changed since, else a new one, which is kept."""
-    stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (shard.stat() for shard in shards)]
+    try:
+        stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (shard.stat() for shard in shards)]
+    except OSError as error:  # such as a link to nowhere
+        raise DataError(f"shard `{error.filename}` cannot be read ({error.strerror}); put it back") from None
     folder = Path(os.path.commonpath([shard.parent for shard in shards]))
     key = hashlib.sha256("\n".join(map(str, shards)).encode()).hexdigest()[:16]
     cache = cache_folder()

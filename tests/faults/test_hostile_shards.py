@@ -1,7 +1,5 @@
 """Shards and indexes that mean harm: no code of theirs runs, nothing is written outside, no message obeys them."""
 
-import io
-import json
 import os
 import tarfile
 import zlib
@@ -57,7 +55,8 @@ def test_payloads_beside_an_image_are_never_looked_at(tmp_path, canary, said):
     members = [("a.jpg", GOOD), ("a.cls", b"0")]
     members += [(f"a.{kind}", payload) for kind in ("pkl", "pickle", "pyd", "pth", "pt", "pyc", "ten", "mp", "joblib")]
     members += [("a.npy", array), ("a.npz", array), ("a.py", script), ("a.sh", b"touch " + os.fsencode(canary))]
-    tar_of(tmp_path / "set" / "x.tar", members) if (tmp_path / "set").mkdir() is None else None
+    (tmp_path / "set").mkdir()
+    tar_of(tmp_path / "set" / "x.tar", members)
     assert said("index", tmp_path / "set") == (0, "")
     assert said("verify", tmp_path / "set") == (0, "")
     assert MemorySamples(open_data(str(tmp_path / "set"))).pixels(0).shape == (3, 8, 8)
@@ -100,9 +99,8 @@ NAMES = {
 def test_names_are_never_paths_and_are_shown_as_text(tmp_path, said, name):
     folder = tmp_path / "deep" / "er" / "set"
     folder.mkdir(parents=True)
-    long = NAMES[name].encode("utf-8", "surrogateescape")
-    pax = b"%d path=%s.jpg\n"  # written by hand: tarfile would not write some of these
-    body = b" path=" + long + b".jpg\n"
+    # written by hand: tarfile would not write some of these
+    body = b" path=" + NAMES[name].encode("utf-8", "surrogateescape") + b".jpg\n"
     length = next(n for n in range(len(body), len(body) + 9) if n == len(body) + len(str(n)))
     pax = block_of("pax", str(length).encode() + body, tarfile.XHDTYPE)
     (folder / "x.tar").write_bytes(pax + block_of("short", GOOD) + block_of("b.jpg", GOOD) + END)
@@ -277,9 +275,7 @@ def test_a_folder_elsewhere_is_read_and_never_written(indexed, said, tmp_path):
     assert {path: path.read_bytes() for path in other.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:touch canary", "http://127.0.0.1:9", "file:///etc", "x", "ssh://a/b", "-oProxy=x"]
-)
+@pytest.mark.parametrize("url", ["pipe:touch canary", "file:///etc", "x", "ssh://a/b", "-oProxy=x"])
 @pytest.mark.timeout(60)
 def test_addresses_in_a_local_index(indexed, said, canary, url, monkeypatch):
     monkeypatch.chdir(canary.parent)
@@ -377,4 +373,3 @@ def test_a_pattern_is_as_long_as_bash_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [path.name for path in expand("{a,{b,c}}.tar, x{1..3}{y,z},{d..f..2}")]
     assert names == ["a.tar", "b.tar", "c.tar", "x1y", "x1z", "x2y", "x2z", "x3y", "x3z", "d", "f"]
-    assert json.dumps(names) and io
