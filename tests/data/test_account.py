@@ -95,7 +95,7 @@ def test_the_limit_is_a_share_and_may_be_reached(index):
 def test_a_long_list_is_cut(index):
     account = Account(index, 37, 0.0)
     account.add(rows(0, *((sample, "decode") for sample in range(MOST_NAMED + 2))))
-    with pytest.raises(DataError, match=r"sample 19 of train-0002.tar \(decode\), and others;") as error:
+    with pytest.raises(DataError, match=r"sample 19 of train-0002.tar \(decode\), and others\);") as error:
         account.check(together([account]))
     assert "sample 20 " not in str(error.value)
 

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from dist.launching import launch, world_size
+from walks.training import SETTINGS
 
 from dist_kd import checkpoint
+from dist_kd.cli import parse
 from dist_kd.data.index import checksum, read_index, write_index
 from dist_kd.data.order import Order
+from dist_kd.errors import DataError
+from dist_kd.wiring import run_training
 
 BATCH, SEED, STEPS = 16, 0, 20
 SAMPLES, PER_EPOCH = 247, 247 // 16  # 15 steps an epoch: the run ends in the second
@@ -62,8 +66,7 @@ def train(run, data, launcher, fraction, *more, expected=0, refused=False):
 
 
 def ledger(run, rank):
-    """Lines [epoch, step, samples...] of one rank; those of an evaluation, with its batches for steps, stand behind
-    the steps of their epoch."""
+    """Lines [epoch, step, samples...] of one rank."""
     return [list(map(int, line.split())) for line in (run / f"rank{rank}.txt").read_text().splitlines()]
 
 
@@ -141,14 +144,12 @@ def test_two_processes_count_and_learn_what_one_does(damaged, undisturbed, tmp_p
 def test_the_ledger_has_the_intended_samples(undisturbed):
     run, _ = undisturbed
     order = Order((100, 100, 47), BATCH, SEED, 1, SAMPLES)
-    met = [set(), set()]
-    for step in range(STEPS):
-        rows = [
-            next(line[2:] for line in ledger(run, rank) if line[:2] == [step // PER_EPOCH, step]) for rank in range(2)
-        ]
-        assert rows[0] + rows[1] == order.global_batch(step).tolist()
-        for rank in range(2):
-            met[rank] |= set(rows[rank]) & set(BAD)
+    lines = [ledger(run, rank) for rank in range(2)]
+    assert len(lines[0]) == len(lines[1]) == STEPS
+    for step, (ours, theirs) in enumerate(zip(*lines, strict=True)):
+        assert ours[:2] == theirs[:2] == [step // PER_EPOCH, step]
+        assert ours[2:] + theirs[2:] == order.global_batch(step).tolist()
+    met = [{sample for line in of_rank for sample in line[2:] if sample in BAD} for of_rank in lines]
     assert all(met), "damage must have come to both processes"
 
 
@@ -167,6 +168,7 @@ def test_too_many_end_the_run_on_all_ranks_at_one_step(damaged, stopped):
     assert said.count("data error: ") == 1 and 'Traceback (most recent call last):\n  File "/work' not in said
 
 
+@pytest.mark.slow
 def test_one_process_ends_with_the_code_for_data(damaged, tmp_path):
     train(tmp_path, damaged, "plain", TOO_LITTLE, expected=3)
     step = next(step for step, count in bad_by_step(0, STEPS) if count > 2) + 1
@@ -185,6 +187,7 @@ def test_with_a_higher_bound_it_goes_on_as_if_nothing_had_been(damaged, stopped,
     assert all(torch.equal(tensor, model(whole)[name]) for name, tensor in model(run).items())
 
 
+@pytest.mark.slow
 def test_counts_stay_exact_on_another_number_of_processes(damaged, stopped, undisturbed, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(stopped[0], run)
@@ -194,3 +197,34 @@ def test_counts_stay_exact_on_another_number_of_processes(damaged, stopped, undi
     for a, b in zip(ours, theirs, strict=True):
         assert {k: v for k, v in a.items() if "data/" in k} == {k: v for k, v in b.items() if "data/" in k}
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+
+
+def evaluate(launcher, run, *more, expected=0):
+    words = ("evaluate", str(run), "--json", "--workers", "1", *more)
+    return launch(launcher, "-m", "dist_kd.commands.main", *words, expected=expected)
+
+
+def test_evaluate_scores_the_rest_and_bounds_what_is_damaged(undisturbed):
+    run = undisturbed[0]
+    answer = json.loads(next(line for line in evaluate("plain", run).splitlines() if line.startswith("{")))
+    assert (answer["samples"], answer["bad_samples"]) == (60, 1)
+    assert answer["top1"] == metrics(run)[-1]["val/top1"]
+    said = evaluate("torchrun", run, "--max-bad-fraction", "0.01", expected=1)
+    assert said.count("data error: 1 of 61 samples of `odd` are damaged, more than the share `0.01`") == 1
+    assert "sample 5 of odd-000000.tar (checksum)" in said and "rank 1: data error" not in said
+
+
+def test_a_validation_set_too_damaged_for_the_teacher_ends_the_start(damaged, tmp_path):
+    words = ["--data", str(damaged), "--save-path", str(tmp_path), "--max-bad-fraction", "0.01"]
+    words += ["--teacher-eval-samples", "61"]
+    with pytest.raises(DataError, match="1 of 61 samples"):
+        run_training(parse([*SETTINGS, *words], {}))
+    assert (status(tmp_path)["state"], status(tmp_path)["kind"]) == ("failed", "data")
+
+
+def test_none_may_be_damaged(damaged, tmp_path):
+    """--max-bad-fraction 0: the first one ends the run, before anything was learnt from its batch."""
+    train(tmp_path, damaged, "plain", "0", expected=3)
+    facts, first = status(tmp_path), next(step for step, count in bad_by_step(0, STEPS) if count)
+    assert (facts["state"], facts["kind"], facts["step"]) == ("failed", "data", first)
+    assert "checksum" in facts["message"] or "decoded" in facts["message"]
