@@ -82,8 +82,8 @@ class Account:
         error = DataError(
             f"{bad} of {self.num_samples} samples of `{self.index.name}` are damaged, more than the share "
             f"`{self.fraction:g}` that may be (--max-bad-fraction); replaced so far: {kinds} ("
-            f"{', '.join(counters.named)}{more}); see `dist-kd verify {self.index.folder}` and copy those shards again, "
-            f"or start again with `--max-bad-fraction {enough:g}` or more"
+            f"{', '.join(counters.named)}{more}); see `dist-kd verify {self.index.folder}` and copy those shards "
+            f"again, or start again with `--max-bad-fraction {enough:g}` or more"
         )
         error.alike = True
         raise error

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from dist.launching import launch, world_size
-from walks.training import SETTINGS
 
 from dist_kd import checkpoint
 from dist_kd.cli import parse
@@ -215,10 +214,12 @@ def test_evaluate_scores_the_rest_and_bounds_what_is_damaged(undisturbed):
 
 
 def test_a_validation_set_too_damaged_for_the_teacher_ends_the_start(damaged, tmp_path):
-    words = ["--data", str(damaged), "--save-path", str(tmp_path), "--max-bad-fraction", "0.01"]
-    words += ["--teacher-eval-samples", "61"]
+    words = (
+        "--arch cnn_small --kd --teacher-arch cnn_medium --teacher-weights none --image-size 8 --batch-size 16 --cpu"
+    )
+    where = ["--data", str(damaged), "--save-path", str(tmp_path), "--max-bad-fraction", "0.01"]
     with pytest.raises(DataError, match="1 of 61 samples"):
-        run_training(parse([*SETTINGS, *words], {}))
+        run_training(parse([*words.split(), *where], {}))
     assert (status(tmp_path)["state"], status(tmp_path)["kind"]) == ("failed", "data")
 
 
