@@ -1,6 +1,7 @@
 import os
 import pickle
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -111,3 +112,67 @@ def test_reads_that_go_on_failing_end_the_run(index, monkeypatch):
     with pytest.raises(DataError, match=r"sample 0 .*cannot be read \(.*after 2 retries\)"):
         reader.read(0)
     assert reader.retries == 2
+
+
+# a shard that is replaced or vanishes in mid-run
+
+
+def with_another_image(path, row) -> bytes:
+    """The shard with one byte of an image changed: the same length, as a repacked one may well have."""
+    data = bytearray(path.read_bytes())
+    data[int(row["offset"]) + 40] ^= 4
+    return bytes(data)
+
+
+def aside(path, data: bytes):
+    time.sleep(0.02)  # a file's times are a few milliseconds coarse
+    other = path.with_name("other.part")
+    other.write_bytes(data)
+    os.utime(other, ns=(10**18, 10**18))  # an old file, as a copy that keeps times would make
+    return other
+
+
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_a_shard_replaced_in_mid_run_ends_it(index, opened_before):
+    """Another file under its name. It is never counted as a bad sample."""
+    path, row = index.shard_path(1), index.rows[8]
+    reader = TarReader(index)
+    if opened_before:
+        reader.read(9)
+    os.replace(aside(path, with_another_image(path, row)), path)
+    if opened_before:
+        assert reader.read(8)  # the old file lives as long as it is open
+        reader.close()
+    with pytest.raises(DataError, match=r"shard `.*train-0001.tar` was replaced: .*another one.*sample 8 ") as gone:
+        reader.read(8)
+    assert not isinstance(gone.value, BadSample)
+    reader.close()
+
+
+def test_a_shard_written_to_in_mid_run_ends_it(index):
+    path, row = index.shard_path(1), index.rows[8]
+    reader = TarReader(index)
+    reader.read(9)
+    time.sleep(0.02)
+    path.write_bytes(with_another_image(path, row))
+    with pytest.raises(DataError, match=r"was replaced: .*written to, since this run began") as gone:
+        reader.read(8)
+    assert not isinstance(gone.value, BadSample)
+
+
+def test_a_worker_knows_when_the_run_began(index):
+    """A reader that travelled to another process, and opens the shard there for the first time."""
+    path, row = index.shard_path(1), index.rows[8]
+    reader = TarReader(index)
+    os.replace(aside(path, with_another_image(path, row)), path)
+    with pytest.raises(DataError, match="was replaced"):
+        pickle.loads(pickle.dumps(reader)).read(8)
+
+
+def test_a_shard_that_vanishes_may_still_be_read_where_it_is_open(index):
+    reader = TarReader(index)
+    first = reader.read(8)
+    index.shard_path(1).unlink()
+    assert reader.read(8) == first
+    with pytest.raises(DataError, match=r"sample 8 .*No such file"):
+        TarReader(index).read(8)
