@@ -21,6 +21,12 @@ def block_of(name: str, data: bytes = b"", kind: bytes = b"0", size: int | None 
     return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
 
 
+def checked(block: bytes) -> bytes:
+    """A header, and what follows it, with its checksum set right."""
+    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:512])
+    return block[:148] + b"%06o\0 " % total + block[156:]
+
+
 def record(key: str, value: str) -> bytes:
     """A record of a pax header: its length counts itself."""
     body = f" {key}={value}\n".encode()
