@@ -60,7 +60,7 @@ def test_resume(tmp_path):
         *("resume.py", "--rounds", "1", "--calls", "1", "--workers", "0", "--batch-size", "8"),
         *("--json", str(tmp_path / "resume.json")),
     )
-    assert "at 90 % of the epoch" in out and "into the next epoch" in out
+    assert "at 90 % of the epoch" in out and "the next epoch, after this" in out
     found = json.loads((tmp_path / "resume.json").read_text())
     assert [row["workers"] for row in found["starts"]] == [0] and len(found["costs"]) == 6
     assert all(one["own"] > 0 for row in found["costs"] for one in row["rounds"])
