@@ -82,7 +82,7 @@ class ShardCache:
     def clean(self, unused_s: float = LEFTOVER_S) -> int:
         """Bytes freed: parts that no process holds and none has written for `unused_s`, and notes of shards gone."""
         freed = 0
-        if not self._shards.is_dir():
+        if not os.access(self._shards, os.W_OK):  # none yet, or one that is only read
             return 0
         with disk_words(self.folder, "cleaning the cache"), self._room(time.monotonic() + self.timeout_s):
             for part in self._shards.glob("*.part"):

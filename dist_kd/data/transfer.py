@@ -151,7 +151,8 @@ class Patience:
         """
         self._failures = 1 if moved else self._failures + 1
         limits, now = self._limits, time.monotonic()
-        pause = min(limits.pause_s * 2.0 ** (self._failures - 1), limits.longest_pause_s) * random.uniform(0.5, 1.0)
+        doubled = limits.pause_s * 2.0 ** min(self._failures - 1, 99)
+        pause = min(doubled, limits.longest_pause_s) * random.uniform(0.5, 1.0)
         pause = max(pause, min(error.pause_s, limits.longest_pause_s))
         spent = f"after {self._failures} attempts without a new byte, {now - self._began:.1f} s in all{have}"
         if self._failures >= limits.attempts:

@@ -232,6 +232,7 @@ def test_a_read_only_folder_serves_what_it_holds(server, tmp_path):
         fetch(cache, url, SIZE, sha256)
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
         assert fetch(cache, url, SIZE, sha256) == server.files["0.tar"]
+        assert cache.clean(0) == 0
         with pytest.raises(DataError, match=r"cannot be written \(read-only file system\).*DIST_KD_CACHE"):
             fetch(cache, server.url("a.tar"))
 
