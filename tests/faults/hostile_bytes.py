@@ -40,7 +40,9 @@ def object_array(canary: Path) -> bytes:
 def encoded(kind: str, side: int = 8, number: int = 0, mode: str = "RGB", **how) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, kind, **how)
+    image = Image.fromarray(pixels)
+    image = image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
+    image.save(file, kind, **how)
     return file.getvalue()
 
 
