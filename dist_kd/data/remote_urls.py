@@ -35,8 +35,8 @@ CONTAINER_AT_ACCOUNT = ("az", "abfs", "abfss")  # abfs://container@account.dfs.c
 SECRET_WORDS = ("signature", "signed", "token", "key", "credential", "passw", "secret", "x-amz-", "x-goog-")
 SECRET_NAMES = ("sig", "auth", "authorization", "jwt", "pwd")
 REMEDY = (
-    "URLs are printed, logged and saved with the run, so give the credentials outside of them: ~/.netrc for http(s) "
-    "and ftp, the environment for stores (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+    "URLs are printed, logged and saved with the run, so give the credentials outside of them: ~/.netrc for http(s), "
+    "the environment for stores (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN)"
 )
 
