@@ -18,6 +18,7 @@ from dist_kd.errors import ConfigError
 from dist_kd.evaluation import Evaluator
 from dist_kd.runtime import Runtime
 
+LARGE_REST = 0.05  # of the training set left out in each epoch
 MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels kept in memory without being asked
 
 
@@ -101,6 +102,17 @@ def check_cache(config: Config, world: World, train: Index, order: Order) -> Non
         fetch_ahead.check_cache(train, order, world)
 
 
+def rest_warning(order: Order) -> list[str]:
+    """A loud line if each epoch leaves out so much of the set that another batch should be thought of."""
+    share = order.left_out / order.num_samples
+    if share <= LARGE_REST:
+        return []
+    return [
+        f"WARNING: each epoch leaves out {order.left_out:,} of {order.num_samples:,} samples ({100 * share:.1f} %), too "
+        f"few for one more batch of `{order.batch}`; a smaller --batch-size leaves out fewer"
+    ]
+
+
 def data_lines(config: Config, world: World, train: Index, val: Index, order: Order, augment: str) -> list[str]:
     """What the header says of the data."""
     mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
@@ -111,6 +123,7 @@ def data_lines(config: Config, world: World, train: Index, val: Index, order: Or
         f"data     {train.spec.name}: {train.spec.num_samples:,} training samples, {train.spec.num_classes} classes, "
         f"{where}; {order.left_out} left out per epoch, others each time",
         f"         {val.spec.num_samples:,} validation samples; augmentation {augment}{mixed}",
+        *rest_warning(order),
     ]
     if train.url and not keep_in_memory(config, train):
         lines.append(f"         {fetch_ahead.cache_line(train, order, world)}")
