@@ -108,7 +108,7 @@ def rest_warning(order: Order) -> list[str]:
     if share <= LARGE_REST:
         return []
     return [
-        f"WARNING: each epoch leaves out {order.left_out:,} of {order.num_samples:,} samples ({100 * share:.1f} %), too "
+        f"WARNING: an epoch leaves out {order.left_out:,} of {order.num_samples:,} samples ({100 * share:.1f} %): too "
         f"few for one more batch of `{order.batch}`; a smaller --batch-size leaves out fewer"
     ]
 
