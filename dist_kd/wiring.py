@@ -303,14 +303,19 @@ def run_training(parsed: Parsed) -> int:
 
 
 def _record_failure(world: World, folder: RunFolder, run: Run | None, error: BaseException) -> None:
-    """status.json says why, whatever the launcher makes of the exit code."""
-    if not world.is_main:
-        return
-    kind = error.kind if isinstance(error, DistKDError) else "crash"
-    message = str(error) or type(error).__name__
-    step = run.state.step if run else None
-    # a refused start must not overwrite the status of the run that stands in this folder
-    if folder.has_said or not (folder.path / "status.json").exists():
-        folder.status("failed", step=step, kind=kind, message=message)
+    """status.json says why, whatever the launcher makes of the exit code.
+
+    What only one rank met (a shard it cannot read) ends the others as a lost connection: it writes before it leaves.
+    """
+    ours = isinstance(error, DistKDError)
+    if world.is_main:
+        # a refused start must not overwrite the status of the run that stands in this folder
+        mine = folder.has_said or not (folder.path / "status.json").exists()
+        explained = folder.has_said and not ours and folder.read("status.json").get("state") == "failed"
+    else:
+        mine, explained = run is not None and ours and not error.alike, False
+    if mine and not explained:
+        kind, step = (error.kind if ours else "crash"), (run.state.step if run else None)
+        folder.status("failed", step=step, kind=kind, message=str(error) or type(error).__name__)
     if run is not None:
         run.tracker.close("failed")

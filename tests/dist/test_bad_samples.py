@@ -224,8 +224,9 @@ def test_a_validation_set_too_damaged_for_the_teacher_ends_the_start(damaged, tm
 
 
 def test_none_may_be_damaged(damaged, tmp_path):
-    """--max-bad-fraction 0: the first one ends the run, before anything was learnt from its batch."""
-    train(tmp_path, damaged, "plain", "0", expected=3)
+    """--max-bad-fraction 0: the first one ends the run before anything is learnt from its batch, and the status is of
+    the process that met it."""
+    said = train(tmp_path, damaged, "torchrun", "0", expected=1)
     facts, first = status(tmp_path), next(step for step, count in bad_by_step(0, STEPS) if count)
     assert (facts["state"], facts["kind"], facts["step"]) == ("failed", "data", first)
-    assert "checksum" in facts["message"] or "decoded" in facts["message"]
+    assert "sample 150 of shard" in facts["message"] and f"rank 1: data error: {facts['message']}" in said
