@@ -12,11 +12,13 @@ import torch
 
 from dist_kd import checkpoint
 from dist_kd.checkpoint import Snapshot, TrainState
+from dist_kd.contracts import DataCounters
 from dist_kd.errors import CheckpointError
 
 
 def snapshot(step, best_step=-1, scale=1.0):
-    state = TrainState(step=step, best_step=best_step, meter_sums=[0.1 + 0.2, 1e-300])
+    bad = DataCounters({"decode": 2}, retries=1, epoch=3, in_epoch=1, first={"decode": "so"}, named=["sample 3"])
+    state = TrainState(step=step, best_step=best_step, meter_sums=[0.1 + 0.2, 1e-300], data=bad)
     tensors = {"model": {"w": torch.arange(1000.0) * scale}, "ema": {"w": torch.ones(3)}}
     optimizer = {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
     return Snapshot(state, tensors, optimizer, {"settings": {"lr": 0.1}, "layout": {}, "data": "f"})
@@ -32,6 +34,16 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert loaded.optimizer["optimizer"]["param_groups"] == [{"lr": 0.1}]
     assert loaded.facts["settings"] == {"lr": 0.1}
     assert (where / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_checkpoint_of_schema_1_is_read(tmp_path):
+    """It counted bad samples without their kinds."""
+    where = checkpoint.save(tmp_path, snapshot(7), keep=2)
+    facts = json.loads((where / "state.json").read_text())
+    del facts["state"]["data"], facts["state"]["val_bad"]
+    facts["state"]["bad_samples"], facts["schema"] = 4, 1
+    (where / "state.json").write_text(json.dumps(facts))
+    assert checkpoint.load(where, "cpu").state.data == DataCounters()
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
