@@ -16,6 +16,8 @@ from dist_kd.data.order import Order
 from dist_kd.errors import DataError
 from dist_kd.wiring import run_training
 
+pytestmark = pytest.mark.timeout(300)  # the first test that asks for a run of the module waits for it
+
 BATCH, SEED, STEPS = 16, 0, 20
 SAMPLES, PER_EPOCH = 247, 247 // 16  # 15 steps an epoch: the run ends in the second
 BAD = {3: "checksum", 60: "decode", 110: "checksum", 150: "checksum", 201: "checksum", 220: "decode"}
