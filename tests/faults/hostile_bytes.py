@@ -71,9 +71,8 @@ def jpeg_of_scans(side: int, scans: int, frame: int = 0xC2, inside: bytes = b"")
     data = b"\xff\xd8" + segment(0xDB, bytes([0]) + bytes([1] * 64))
     data += segment(frame, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0]))
     data += segment(0xC4, bytes([0x10, 1] + [0] * 15) + b"\xe0") + inside  # code 0: a run of 2^14 and more
-    for scan in range(scans):
-        data += segment(0xDA, bytes([1, 1, 0, 1, 63, 0x10 if scan else 0x01])) + pixels
-    return data + b"\xff\xd9"
+    first, other = (segment(0xDA, bytes([1, 1, 0, 1, 63, bits])) + pixels for bits in (0x01, 0x10))
+    return data + first + other * (scans - 1) + b"\xff\xd9"
 
 
 def written_index(place: Path, rows: np.ndarray, infos: list[ShardInfo], **facts) -> Path:
