@@ -64,7 +64,9 @@ class TarWalk:
             header, name, size = self._next_member()
             if header is None:
                 return
-            if header.kind == tarfile.DIRTYPE or (header.kind == tarfile.AREGTYPE and name.endswith("/")):
+            if header.kind == tarfile.DIRTYPE or (
+                header.kind == tarfile.AREGTYPE and _field(header, 0, 100).endswith(b"/")
+            ):
                 continue  # a folder has no data, whatever its size says
             if header.kind not in FILES:
                 self.refuse(f"holds `{shown(name)}` as a link or special file, not its bytes; repack it with the files")
@@ -266,9 +268,13 @@ def _header(block: bytes) -> _Header:
     return _Header(block, block[156:157], tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size)
 
 
+def _field(header: _Header, first: int, end: int) -> bytes:
+    return header.block[first:end].split(b"\0", 1)[0]
+
+
 def _name(header: _Header) -> str:
-    name = header.block[:100].split(b"\0", 1)[0]
-    prefix = b"" if header.kind in tarfile.GNU_TYPES else header.block[345:500].split(b"\0", 1)[0]
+    name = _field(header, 0, 100)
+    prefix = b"" if header.kind in tarfile.GNU_TYPES else _field(header, 345, 500)
     return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
 
 
