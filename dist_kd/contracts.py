@@ -102,7 +102,7 @@ class DataAccount(Protocol):
     """What a source says of the damaged samples it was to show."""
 
     mine: DataCounters  # of this rank
-    limit: float  # samples that may be bad in one epoch, or one evaluation, over all ranks
+    limit: int  # samples that may be bad in one epoch, or one evaluation, over all ranks
 
     def load(self, saved: DataCounters, *, main: bool) -> None: ...
 

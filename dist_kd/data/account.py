@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Account:
     def __init__(self, index: Index, num_samples: int, max_bad_fraction: float):
         """`num_samples`: how many are shown of the index, of which the fraction is."""
         self.index, self.num_samples, self.fraction = index, num_samples, max_bad_fraction
-        self.limit = max_bad_fraction * num_samples
+        # rounded first: 0.29 * 100 is 28.999999999999996
+        self.limit = math.floor(round(max_bad_fraction * num_samples, 6))
         self.mine = DataCounters()
         self._named: tuple[dict[str, int], DataCounters] | None = None  # totals, and what was gathered at them
 
@@ -50,7 +52,7 @@ class Account:
 
     def load(self, saved: DataCounters, *, main: bool) -> None:
         """Goes on from the sums over all ranks that were saved: they stand on one rank, the others go on from zero."""
-        self.mine = saved if main else DataCounters(epoch=saved.epoch)
+        self.mine = deepcopy(saved) if main else DataCounters(epoch=saved.epoch)
 
     def clear(self) -> None:
         """Starts anew: for an evaluation that shows all samples again."""

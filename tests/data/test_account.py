@@ -1,5 +1,7 @@
 """The account of damaged samples: of one rank, of all together, over a resume, and when there are too many."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -56,10 +58,12 @@ def test_saved_sums_go_on_from_one_rank(index):
     for number, rank in enumerate(ranks):
         rank.load(saved, main=number == 0)
     assert together(ranks) == saved
+    before = deepcopy(saved)
     for rank in ranks:
         rank.add(rows(4, (5, "label")))
     found = together(ranks)
     assert found.bad == {"checksum": 1, "decode": 1, "label": 3} and (found.in_epoch, found.retries) == (5, 1)
+    assert saved == before  # what was saved tells which kinds are new
 
 
 def test_names_travel_only_when_there_are_new_ones(index):
@@ -90,6 +94,11 @@ def test_the_limit_is_a_share_and_may_be_reached(index):
     Account(index, 37, 0.0811).check(together([account]))  # what the sentence offers is enough
     with pytest.raises(DataError, match="5 of 37"):
         Account(index, 37, 0.1).check(together([account]), seen=5)  # what ranks agreed on before an epoch's end
+
+
+def test_a_share_may_be_reached_however_it_is_rounded(index):
+    assert Account(index, 100, 0.29).limit == 29  # as a float: 28.999999999999996
+    assert Account(index, 247, 0.012).limit == 2 and Account(index, 37, 0).limit == 0
 
 
 def test_a_long_list_is_cut(index):
