@@ -1,6 +1,8 @@
 """Shards and indexes that mean harm: no code of theirs runs, nothing is written outside, no message obeys them."""
 
 import os
+import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -373,3 +375,13 @@ def test_a_pattern_is_as_long_as_bash_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [path.name for path in expand("{a,{b,c}}.tar, x{1..3}{y,z},{d..f..2}")]
     assert names == ["a.tar", "b.tar", "c.tar", "x1y", "x1z", "x2y", "x2z", "x3y", "x3z", "d", "f"]
+
+
+def test_training_does_not_start_on_a_hostile_index(indexed, canary, tmp_path):
+    folder = indexed()
+    (folder / "index.npy").write_bytes(hostile.object_array(canary))
+    command = [sys.executable, "-m", "dist_kd.commands.main", "train", "--arch", "cnn_small", "--cpu", "--data"]
+    command += [str(folder), "--val-data", str(folder), "--save-path", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2])
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "damaged (ValueError: index.npy does not begin as ours do); write it again" in done.stderr
