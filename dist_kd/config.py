@@ -36,8 +36,8 @@ class Config(BaseModel):
     # data
     data: str | None = setting(
         None,
-        "Training data: a folder with shards, a brace pattern, a comma-separated list of shards, "
-        "or a known set (digits, cifar10, ...). Missing: the variable DIST_KD_DATA.",
+        "Training data: a folder with shards, a brace pattern, a comma-separated list of shards, their URLs "
+        "(https, s3, gs, hf, ...), or a known set (digits, cifar10, ...). Missing: the variable DIST_KD_DATA.",
         group=DATA,
         result=True,
         aliases=("--data-dir",),

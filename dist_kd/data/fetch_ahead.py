@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 AHEAD = 2  # shards of each stream fetched beyond its window at least
 CONNECTIONS = 4  # shards a process fetches at the same time
+SAY_S = 30.0  # between lines about a wait
 GRACE_S = 1.0  # for its threads to end by themselves; they end with the process at the latest
 
 Plan = Iterator[tuple[int, int]]  # (first step that may want it, shard), steps never falling
@@ -116,6 +118,8 @@ class FetchAhead:
             self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CONNECTIONS)]
             for thread in self._threads:
                 thread.start()
+        began = said = time.monotonic()
+        first = self._passed
         while self._next is not None and self._next[0] <= step:
             shard = self._next[1]
             with self._moved:
@@ -123,6 +127,9 @@ class FetchAhead:
                 self._next = next(self._wanted, None)
                 self._moved.notify_all()
             os.close(self._index.open_shard(shard))
+            if (now := time.monotonic()) - said > SAY_S:
+                log.warning("step %d waits for its shards: %d came in %.0f s", step, self._passed - first, now - began)
+                said = now
 
     def close(self) -> None:
         """End the threads; one in the middle of a shard ends with it."""

@@ -55,18 +55,15 @@ def test_the_shards_ahead_are_those_the_rank_meets(layout, step, data):
     for now in range(step, last + 1):
         met = shards_of(order, order.rank_rows(now, rank, ranks))
         assert met <= {shard for wanted, shard in ahead if wanted <= now}
-    # and no others: those of each step at which windows begin are those of the rank's streams in these windows
-    for wanted in {wanted for wanted, _ in ahead}:
+    # and no others: of each step, those of the windows that begin in it, or at first also of the one it is in
+    length = order.steps_per_epoch * share
+    for wanted in range(step, last + 1):
         epoch, k = divmod(wanted, order.steps_per_epoch)
-        length = order.steps_per_epoch * share
-        begun = range(k * share // window, ((k + 1) * share - 1) // window + 1)
-        samples = [
-            order._at(epoch, p * length + np.arange(w * window, min((w + 1) * window, length)))
-            for p in mine
-            for w in begun
-        ]
-        named = {shard for when, shard in ahead if when == wanted}
-        assert named <= shards_of(order, np.concatenate(samples))
+        first = k * share // window if wanted == step else -(-k * share // window)
+        begun = [(w * window, min((w + 1) * window, length)) for w in range(first, -(-(k + 1) * share // window))]
+        samples = [order._stream(epoch, p, *span) for p in mine for span in begun]
+        met = shards_of(order, np.concatenate(samples)) if samples else set()
+        assert {shard for when, shard in ahead if when == wanted} == met
 
 
 def test_shards_ahead_by_hand():
@@ -172,7 +169,8 @@ def test_it_stays_as_far_ahead_as_it_may(shelf):
     assert not any(thread.is_alive() for thread in ahead._threads)
 
 
-def test_what_is_wanted_is_waited_for(shelf):
+def test_what_is_wanted_is_waited_for(shelf, monkeypatch, caplog):
+    monkeypatch.setattr(fetch_ahead, "SAY_S", 0.04)
     ahead = FetchAhead(shelf, plan(), 2)
     reached = threading.Thread(target=ahead.reach, args=(0,), daemon=True)
     reached.start()
@@ -181,6 +179,7 @@ def test_what_is_wanted_is_waited_for(shelf):
     shelf.go.set()
     reached.join(5)
     assert not reached.is_alive()
+    assert "step 0 waits for its shards: 1 came in" in caplog.text
     ahead.close()
 
 

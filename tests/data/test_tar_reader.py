@@ -176,3 +176,20 @@ def test_a_shard_that_vanishes_may_still_be_read_where_it_is_open(index):
     assert reader.read(8) == first
     with pytest.raises(DataError, match=r"sample 8 .*No such file"):
         TarReader(index).read(8)
+
+
+def test_a_link_that_points_elsewhere_in_mid_run(index):
+    """Both files are older than the run: only that the shard was another file tells."""
+    path, row = index.shard_path(1), index.rows[8]
+    old, new = path.with_name("old"), path.with_name("new")
+    new.write_bytes(with_another_image(path, row))
+    path.rename(old)
+    path.symlink_to(old)
+    time.sleep(0.02)
+    reader = TarReader(index)
+    reader.read(8)
+    path.unlink()
+    path.symlink_to(new)
+    reader.close()
+    with pytest.raises(DataError, match="was replaced: its file is another one"):
+        reader.read(8)
