@@ -207,16 +207,26 @@ def _index_of(shards: list[Path], name: str) -> Index:
     key = hashlib.sha256("\n".join(map(str, shards)).encode()).hexdigest()[:16]
     cache = cache_folder()
     places = [folder / ".dist_kd" / key, cache / "index" / key]
+    before = None
     for place in places:
         try:
-            if read_facts(place / "index.json")["stamps"] == stamps:
+            facts = read_facts(place / "index.json")
+            if facts["stamps"] == stamps:
                 return read_index(place)
+            before = facts["num_samples"]
         except (OSError, ValueError, KeyError, TypeError, DataError):
             continue  # none there, or an unusable one: it is made again
     size = sum(stamp[0] for stamp in stamps)
-    log.info("indexing %d shards (%.1f GB) in %s for the first time", len(shards), size / 1e9, folder)
+    log.info("indexing %d shards (%.1f GB) in %s", len(shards), size / 1e9, folder)
     jobs = 1 if size < SMALL_BYTES else min(JOBS, len(os.sched_getaffinity(0)))
     index = build_index(folder, shards, name=name, classes=None, jobs=jobs)
+    if before is not None:
+        log.warning(
+            "the shards in %s have changed since they were indexed: %s samples then, %d now",
+            folder,
+            before,
+            index.num_samples,
+        )
     for place in places:
         try:
             write_index(index, place, stamps=stamps)

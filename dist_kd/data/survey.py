@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -142,10 +142,9 @@ def _check_shard(index: Index, shard: int, decode: Callable[[bytes], object] | N
         decode = partial(decode_image, max_pixels=most_pixels(index))
     try:
         with _opened(index, shard) as file:
-            problems = list(_problems(index, shard, file, decode))
+            return list(_spelled_out(index.location(shard), _problems(index, shard, file, decode)))
     except DataError as error:
-        problems = [("structure", str(error))]
-    return list(_spelled_out(index.location(shard), problems))
+        return [str(error)]
 
 
 def _problems(index: Index, shard: int, file: BinaryIO, decode: Callable[[bytes], object]) -> Iterator[tuple[str, str]]:
@@ -164,11 +163,12 @@ def _problems(index: Index, shard: int, file: BinaryIO, decode: Callable[[bytes]
             said = {row: sentence for marked in scan.marked.values() for row, sentence in marked.sentences.items()}
     first = index.ends[shard] - info.samples
     for i, row in enumerate(rows):
-        name = f"shard `{where}` sample {first + i} (row {i}{f', key `{shown(keys[i])}`' if keys else ''})"
-        if kind := damage_of(marks[i]):
-            yield kind, said.get(i) or f"{name}: {KINDS[kind]}"
-        elif fault := _sample_fault(file, row, decode):
-            yield fault[0], f"{name} {fault[1]}"
+        kind = damage_of(marks[i])
+        fault = (kind, f"is damaged: {KINDS[kind]}") if kind else _sample_fault(file, row, decode)
+        if fault:
+            kind, what = fault
+            key = f", key `{shown(keys[i])}`" if keys else ""
+            yield kind, said.get(i) or f"shard `{where}` sample {first + i} (row {i}{key}) {what}"
 
 
 def _differences(scan: Scan, info: ShardInfo, rows: np.ndarray) -> Iterator[str]:
@@ -211,10 +211,10 @@ def _sample_fault(file: BinaryIO, row: np.void, decode: Callable[[bytes], object
     return None
 
 
-def _spelled_out(where: str, problems: list[tuple[str, str]]) -> Iterator[str]:
+def _spelled_out(where: str, problems: Iterable[tuple[str, str]]) -> Iterator[str]:
     """The sentences, without those of a kind above MOST_PROBLEMS: these are only counted."""
     listed: Counter[str] = Counter()
-    for kind, sentence in dict.fromkeys(problems):
+    for kind, sentence in problems:
         listed[kind] += 1
         if listed[kind] <= MOST_PROBLEMS:
             yield sentence

@@ -210,6 +210,16 @@ def test_content_of_a_foreign_shard(foreign, damage, capsys, caplog):
             epoch(index, in_memory=in_memory, max_bad_fraction=0)
 
 
+def test_foreign_shards_that_changed_since_they_were_indexed(foreign, caplog):
+    """Fewer samples than before, in a shard that is well: the count never changes without a word."""
+    assert open_data(str(foreign)).num_samples == 150
+    assert "changed" not in caplog.text
+    shard = damaged_shard(foreign)
+    tar_of(shard, members_of(shard)[:-2])
+    assert open_data(str(foreign)).num_samples == 149
+    assert f"the shards in {foreign} have changed since they were indexed: 150 samples then, 149 now" in caplog.text
+
+
 def test_all_images_first_is_no_damage(foreign, capsys):
     """webdataset loses such a shard whole."""
     before = epoch(open_data(str(foreign)))
