@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections import OrderedDict
 
@@ -38,6 +39,7 @@ class TarReader:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
         self._first_seen: dict[int, tuple] = {}  # shard number -> which file it was
         self._started = time.time_ns()
+        self._opening = threading.Lock()  # the threads of memory.py share a reader
 
     def read(self, sample: int) -> bytes:
         """The image of a sample as it lies in its shard.
@@ -73,7 +75,10 @@ class TarReader:
         self.close()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict(), "_opening": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"_opening": threading.Lock()})
 
     def _read(self, shard: int, sample: int, offset: int, length: int) -> bytes:
         for wait in (*RETRY_WAITS, None):
@@ -104,6 +109,10 @@ class TarReader:
         return data
 
     def _descriptor(self, shard: int) -> int:
+        with self._opening:
+            return self._opened(shard)
+
+    def _opened(self, shard: int) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:

@@ -2,6 +2,7 @@ import os
 import pickle
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,3 +194,20 @@ def test_a_link_that_points_elsewhere_in_mid_run(index):
     reader.close()
     with pytest.raises(DataError, match="was replaced: its file is another one"):
         reader.read(8)
+
+
+def test_threads_open_a_shard_once(index, monkeypatch):
+    """Opening one of another machine takes seconds, and all threads of a set in memory begin with the same."""
+    opened = []
+
+    def slowly(shard):
+        opened.append(shard)
+        time.sleep(0.05)
+        return os.open(index.shard_path(shard), os.O_RDONLY)
+
+    monkeypatch.setattr(type(index), "open_shard", lambda self, shard: slowly(shard))
+    reader = TarReader(index)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(reader.read, range(7)))
+    assert opened == [0]
+    reader.close()
