@@ -259,7 +259,7 @@ def test_components_one_by_one_are_scans_too():
 
 def test_a_second_header_does_not_change_the_size():
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    with pytest.raises(DataError, match=r"24x24 first and 60000x60000 later|no JPEG, PNG"):
+    with pytest.raises(DataError, match=r"24x24 first and 60000x60000 later"):
         decode_image(png(24, 24, before=ihdr))
     large = segment(0xC2, struct.pack(">BHHB", 8, 60_000, 60_000, 1) + bytes([1, 0x11, 0]))
     with pytest.raises(DataError):
