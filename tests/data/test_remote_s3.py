@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import requests
 import s3fs
+import torch
 from data.bad_server import Wire
 from data.node_cache import QUICK, fetch, left, opener, within
 
+from dist_kd.data import remote_sets
+from dist_kd.data.finding import open_data, split_folder
 from dist_kd.data.remote import Forbidden, NotThere, list_tars, read_small
 from dist_kd.data.shard_cache import ShardCache
 from dist_kd.errors import DataError
@@ -143,3 +148,20 @@ def test_bad_credentials_are_a_sentence_without_them(through, port, cache, caplo
     through(port)
     with within(10), pytest.raises(Forbidden, match="Unable to locate credentials"):
         fetch(cache, URL, len(SHARD), GOOD)
+
+
+def test_a_set_in_a_bucket_is_found_indexed_and_read(port, through, cache, index, train, tmp_path, monkeypatch):
+    """Shards that somebody put there: listed, read once for their index, then by two loader processes."""
+    monkeypatch.setenv("DIST_KD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote_sets, "JOBS", 1)
+    for shard in index.shards:
+        content = (index.folder / shard.name).read_bytes()
+        requests.put(f"http://127.0.0.1:{port}/bucket/set/train/{shard.name}", data=content, timeout=10)
+    assert split_folder("s3://bucket/set", "val") is None
+    remote = open_data(split_folder("s3://bucket/set", "train"), cache)
+    assert (remote.url, remote.shards) == ("s3://bucket/set/train", index.shards)
+    small = replace(remote, cache=replace(cache, limit_bytes=max(shard.bytes for shard in index.shards)))
+    for how in (remote, small):  # the second evicts and fetches again, also in the forked processes
+        batches = train(how, workers=2).batches(0), train(index).batches(0)
+        for ours, local in itertools.islice(zip(*batches, strict=True), 8):
+            assert torch.equal(ours.images, local.images) and torch.equal(ours.samples, local.samples)
