@@ -83,6 +83,20 @@ def take_turns(
     return times
 
 
+def self_timed(rivals: dict[str, Callable[[], float]], rounds: int) -> Times:
+    """Every rival once in each round, every other round backwards; each returns its own seconds per unit of work.
+
+    For rivals with processes of their own: they must start, get going and end outside the time.
+    """
+    times = Times({name: [] for name in rivals}, {})
+    order = list(rivals.items())
+    for _ in range(rounds):
+        for name, run in order:
+            times.wall[name].append(run())
+        order.reverse()
+    return times
+
+
 class Stopwatch:
     """Seconds by named part, for functions wrapped with `timed`. For work that is done when the function returns."""
 

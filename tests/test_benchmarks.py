@@ -81,6 +81,55 @@ def test_teacher(load, tmp_path, capsys):
     assert 0 < found["distance"] < 0.1 and found["hits"] is None
 
 
+def test_loader(tmp_path):
+    from dist_kd.commands.pack import main as pack
+
+    digits = str(tmp_path / "digits")
+    pack(["digits", digits, "--limit-per-class", "15", "--jobs", "1"])
+    out = run(
+        *(
+            "loader.py",
+            "--data",
+            digits,
+            "--memory-data",
+            digits,
+            "--rounds",
+            "2",
+            "--shards",
+            "3",
+            "--per-shard",
+            "16",
+        ),
+        *("--size", "16", "--batch-size", "8", "--batches", "2", "--workers", "1", "--memory-batches", "1"),
+        *("--steps", "1", "--step-threads", "1", "--json", str(tmp_path / "loader.json")),
+    )
+    assert "| ours / webdataset to float32, 1 workers " in out and "cores such as this" in out
+    found = json.loads((tmp_path / "loader.json").read_text())
+    assert {row["bar"] for row in found["rows"]} >= {1.8, 4.0, 0.85, 8.0, 10.0, 0.05}
+    assert all(row["verdict"] in ("", "met", "missed", "inconclusive") for row in found["rows"])
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in found["rounds_s"].values())
+    for rival in ("mosaicml-streaming, by number", "litdata, shuffled"):
+        assert f"| {rival}, originals " in out  # with its figure, or as not installed
+
+
+def test_verdicts(load):
+    row = load("loader").Row
+    spread = load("paired").Spread
+    for ratio, bar, most, expected in (
+        *((2.0, 1.8, False, "met"), (1.7, 1.8, False, "missed"), (1.8, 1.8, False, "met"), (1.7, None, False, "")),
+        *((0.04, 0.05, True, "met"), (0.06, 0.05, True, "missed"), (0.05, 0.05, True, "met")),
+    ):
+        assert row("", spread(ratio, 0, 9), True, bar, most).verdict == expected
+        assert row("", spread(ratio, 0, 9), False, bar, most).verdict == "inconclusive"
+
+
+def test_self_timed_rivals(load):
+    asked = []
+    rivals = {name: (lambda name=name: asked.append(name) or len(asked)) for name in "ab"}
+    times = load("paired").self_timed(rivals, rounds=3)
+    assert "".join(asked) == "abbaab" and times.wall == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
 def test_turns_and_spreads(load):
     paired = load("paired")
     called = []
