@@ -1,7 +1,8 @@
 """A name becomes a network: `resolve`, `build`, `load`, `save_student`. Imports no torch until something is built.
 
-One file per zoo, each with the same three functions: `construct` (random weights), `view` (what it expects of its
-input) and `published` (weights others trained). A new family is one file and one line in names.py.
+One file per zoo, each with the same four functions: `construct` (random weights), `view` (what it expects of its
+input), `published` (weights others trained) and `taps` (where its features are). A new family is one file and one line
+in names.py.
 """
 
 from __future__ import annotations
@@ -17,11 +18,22 @@ from dist_kd.models.names import ROLES, resolve, split
 if TYPE_CHECKING:
     from dist_kd.models.network import Network
 
-__all__ = ["Network", "build", "load", "resolve", "save_student"]
+__all__ = ["Network", "build", "fold_affine_head", "freeze_backbone", "load", "resolve", "save_student"]
 
-MODULES = {"torchvision": "torchvision_zoo", "effnet": "efficientnet_zoo", "timm": "timm_zoo", "cifar": "cifar"}
+MODULES = {
+    "torchvision": "torchvision_zoo",
+    "effnet": "efficientnet_zoo",
+    "timm": "timm_zoo",
+    "cifar": "cifar",
+    "originals": "originals",
+}
 # where a class of ours is found, so that `dist_kd.models.Network` needs no torch before it is asked for
-LAZY = {"Network": "network", "save_student": "student_folder"}
+LAZY = {
+    "Network": "network",
+    "save_student": "student_folder",
+    "fold_affine_head": "originals",
+    "freeze_backbone": "freezing",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -41,8 +53,10 @@ def build(
 ) -> Network:
     """The network `arch` with `weights`; random ones come from torch's generator as the caller seeded it.
 
-    num_classes None means what the weights have (1000 without any). `role` says which flags an error names.
-    `image_size` (pixels) overrides the side that the weights were trained for. ConfigError for all that cannot be.
+    num_classes None means what the weights have (1000 without any). `role` says which flags an error names; weights
+    for another number of classes are refused, but a student gets them with a fresh head, which `notes` and
+    `spec.weights` then say. `wants` are features, by role or path (Network). `image_size` (pixels) overrides the side
+    that the weights were trained for. ConfigError for all that cannot be.
     """
     from dist_kd.contracts import NetworkSpec
     from dist_kd.models import student_folder
@@ -56,9 +70,11 @@ def build(
     offers = zoo.published(name)
     source = files.choose(weights, offers, arch, flag)
     view, label, state, has = zoo.view(name), "none", None, None
+    strict = num_classes is not None and role != "student"  # a fresh head would make a teacher guess
     if isinstance(source, files.Published):
         view, label, has = source.view, source.label, source.num_classes
-        _check_classes(label, arch, has, num_classes, flag)  # before a download
+        if strict:
+            _check_classes(label, arch, has, num_classes, flag)  # before a download
         state = files.read(files.locate(source, arch, flag), flag)
     elif source is not None:
         label = str(source)
@@ -67,7 +83,8 @@ def build(
             config = student_folder.read_config(folder, flag)
             student_folder.check_arch(config, arch, folder, flag)
             view, has, source = config.view, config.num_classes, folder / student_folder.WEIGHTS
-            _check_classes(label, arch, has, num_classes, flag)
+            if strict:
+                _check_classes(label, arch, has, num_classes, flag)
         else:
             by_name = {offer.file_name: offer for offer in offers if offer.url}
             source_offer = by_name.get(source.name)  # a published file that was fetched by hand
@@ -76,14 +93,21 @@ def build(
     if state is not None and offers and offers[0].repair:
         state = offers[0].repair(state)
     construct = partial(_construct, zoo, name, arch, arch_flag, image_size or view.image_size)
-    if num_classes is None and state is not None and has is None:
-        has = files.head_classes(construct, state)
+    head: list[str] = []
+    if state is not None and not strict and (has is None or num_classes not in (None, has)):
+        head = files.head_keys(construct)
+        has = has or files.head_classes(head, state)
     num_classes = num_classes or has or 1000
     net = construct(num_classes)
+    notes: tuple[str, ...] = ()
     if state is not None:
+        if head and has not in (None, num_classes):
+            state = files.fresh_head(net, state, head)
+            notes = (f"head {has} -> {num_classes} classes, fresh",)
         files.apply(net, state, label, arch, num_classes, flag)
+        label = ", ".join((label, *notes))
     view = view._replace(image_size=image_size or view.image_size)
-    return Network(net, NetworkSpec(arch, num_classes, *view, weights=label), wants)
+    return Network(net, NetworkSpec(arch, num_classes, *view, weights=label), wants, zoo.taps(net), notes)
 
 
 def load(folder: str | Path) -> Network:

@@ -1,14 +1,19 @@
-"""Networks for small images: two plain CNNs for any side of at least 8 pixels, two ResNets for 32."""
+"""Networks for small images: two plain CNNs for any side of at least 8 pixels, and those that are usual at 32.
+
+A name that ends in `_cifar` is of a network that the literature trains at 32 pixels; the part before may be a
+library's name of the network for 224, or the name a paper gives.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
+from dist_kd.models.taps import Tap, of_sequence, pooled
 from dist_kd.models.weights import Published, View
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's training pixels
 WIDTHS = {"cnn_small": (16, 32, 64), "cnn_medium": (16, 48, 96, 192)}
-HALVINGS = 3  # an 8 pixel side ends as 1
+HALVINGS = 3  # of the plain CNNs: an 8 pixel side ends as 1
 
 
 class SmallCNN(nn.Sequential):
@@ -28,12 +33,20 @@ class SmallCNN(nn.Sequential):
 
 
 def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """The network with random weights; it takes any image size."""
+    """The network with random weights; it takes any image size that its halvings leave something of."""
     if name in WIDTHS:
         return SmallCNN(WIDTHS[name], num_classes)
-    from dist_kd.models.torchvision_zoo import construct_cifar
+    from dist_kd.models.cifar_nets import MAKERS  # imports torchvision, which takes seconds
 
-    return construct_cifar(name, num_classes)
+    return MAKERS[name](num_classes)
+
+
+def taps(net: nn.Module) -> dict[str, Tap]:
+    if isinstance(net, SmallCNN):
+        return of_sequence(net) | pooled(net)
+    from dist_kd.models import cifar_nets
+
+    return cifar_nets.taps(net)
 
 
 def view(name: str) -> View:

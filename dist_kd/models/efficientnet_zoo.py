@@ -13,6 +13,7 @@ from efficientnet_pytorch.utils import Conv2dDynamicSamePadding, round_filters, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_kd.models.taps import Tap, of_inverted
 from dist_kd.models.weights import IMAGENET_MEAN, IMAGENET_STD, Published, View
 
 # width, depth, side in pixels, dropout
@@ -115,6 +116,11 @@ def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.
         _set_activation(net, nn.SiLU)
     _plain_convolutions(net)
     return net
+
+
+def taps(net: nn.Module) -> dict[str, Tap]:
+    roles = of_inverted(net, [f"_blocks.{k}" for k in range(len(net._blocks))])
+    return roles | {"pooled": Tap("_dropout", before=True)}
 
 
 def view(name: str) -> View:

@@ -21,10 +21,31 @@ vit_b_32 vit_h_14 vit_l_16 vit_l_32 wide_resnet101_2 wide_resnet50_2
 """
 TORCHVISION: tuple[str, ...] = tuple(_TORCHVISION.split())
 EFFNET: tuple[str, ...] = tuple([f"efficientnet_b{k}" for k in range(8)] + [f"efficientnet_lite{k}" for k in range(5)])
-CIFAR: tuple[str, ...] = ("resnet18_cifar", "resnet34_cifar", "cnn_small", "cnn_medium")
+# for 32 pixels, with a stem that keeps the side, if they end in _cifar; the plain CNNs take any side from 8 on
+_CIFAR = """
+cnn_small cnn_medium densenet40_cifar efficientnet_b0_cifar mobilenet_v2_cifar resnet110_cifar resnet152_cifar
+resnet18_cifar resnet20_cifar resnet32_cifar resnet32x4_cifar resnet34_cifar resnet50_cifar resnet56_cifar
+resnet8x4_cifar resnext29_2x64d_cifar resnext29_32x4d_cifar resnext29_32x8d_cifar vgg13_cifar vgg19_bn_cifar vgg8_cifar
+wrn_16_2_cifar wrn_40_1_cifar wrn_40_2_cifar
+"""
+CIFAR: tuple[str, ...] = tuple(_CIFAR.split())
+ORIGINALS: tuple[str, ...] = (
+    "resnet18_fine",
+    "residual_cnn",
+    "residual_cnn_folded",
+    "vgg19_bn_tiled",
+    "cnn_norm_last",
+    "mobilenets_m",
+    "mobilenets_s",
+)
 
 # bare names are looked up in this order: efficientnet_b0 means effnet's, not torchvision's
-ZOOS: dict[str, tuple[str, ...]] = {"effnet": EFFNET, "cifar": CIFAR, "torchvision": TORCHVISION}
+ZOOS: dict[str, tuple[str, ...]] = {
+    "effnet": EFFNET,
+    "cifar": CIFAR,
+    "originals": ORIGINALS,
+    "torchvision": TORCHVISION,
+}
 FORCED = ("torchvision", "effnet", "timm")  # prefixes a user may write
 
 # role -> the flags that name the network and its weights, for error messages
@@ -37,7 +58,8 @@ ROLES: dict[str, tuple[str, str]] = {
 
 def close(name: str, known: tuple[str, ...] | list[str], count: int = 5) -> str:
     """`did you mean ...?` with up to `count` names near `name`, or a sample of what there is."""
-    near = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
+    longer = sorted((n for n in known if name and n.startswith(name)), key=len)  # `resnet20` means `resnet20_cifar`
+    near = list(dict.fromkeys(longer + difflib.get_close_matches(name, known, n=count, cutoff=0.6)))[:count]
     if near:
         return "did you mean " + ", ".join(f"`{n}`" for n in near) + "?"
     return "there are, among others, " + ", ".join(f"`{n}`" for n in list(known)[:count])
@@ -62,7 +84,7 @@ def resolve(arch: str, flag: str = "--arch") -> str:
         if name in ZOOS.get(zoo, ()):
             bare_means_it = next(z for z in ZOOS if name in ZOOS[z]) == zoo
             return name if bare_means_it else f"{zoo}/{name}"
-    known = ZOOS[source] if source in ZOOS else EFFNET + CIFAR + TORCHVISION
+    known = ZOOS[source] if source in ZOOS else [n for names in ZOOS.values() for n in names]
     raise ConfigError(f"network `{arch}` ({flag}) is not known; {close(name, known)} (`timm/NAME` takes timm's names)")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from dist_kd.errors import ConfigError
 from dist_kd.models.names import close
+from dist_kd.models.taps import Tap, numbered, of_resnet, pooled
 from dist_kd.models.weights import Published, View
 
 
@@ -37,6 +39,17 @@ def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.
     """The network with random weights; networks tied to an image size are built for `image_size`."""
     size = {"img_size": image_size} if image_size and _facts(name).fixed_input_size else {}
     return _timm().create_model(name, pretrained=False, num_classes=num_classes, **size)
+
+
+def taps(net: nn.Module) -> dict[str, Tap]:
+    """Stages as timm's own list of features has them, from a quarter of the side on; before ReLU for its ResNets."""
+    sides = [entry for entry in getattr(net, "feature_info", []) if entry["reduction"] >= 4]
+    halves = all(a["reduction"] < b["reduction"] for a, b in pairwise(sides))  # a transformer's blocks keep the side
+    if type(net).__name__ == "ResNet":
+        roles = of_resnet(net)
+    else:
+        roles = numbered(Tap(entry["module"]) for entry in sides) if halves else {}
+    return roles | pooled(net)
 
 
 def view(name: str) -> View:

@@ -8,6 +8,7 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
+from dist_kd.models.taps import Tap, numbered, of_inverted, of_resnet, of_sequence, pooled
 from dist_kd.models.weights import Published, View
 
 # auxiliary heads would be parameters that no loss reaches
@@ -16,6 +17,7 @@ EXTRAS: dict[str, dict[str, Any]] = {"googlenet": NO_AUXILIARY, "inception_v3": 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 # torchvision re-normalizes inside these networks (transform_input); to say so in the view is the same arithmetic
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+INVERTED = (torchvision.models.MobileNetV2, torchvision.models.MobileNetV3, torchvision.models.EfficientNet)
 
 
 def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
@@ -28,13 +30,25 @@ def construct(name: str, num_classes: int, image_size: int | None = None) -> nn.
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **EXTRAS.get(name, {}), **size)
 
 
-def construct_cifar(name: str, num_classes: int) -> nn.Module:
-    """resnet18_cifar or resnet34_cifar: the stem is one 3x3 convolution with stride 1, as is usual at 32 pixels."""
-    net = torchvision.models.get_model(name.removesuffix("_cifar"), weights=None, num_classes=num_classes)
-    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-    net.maxpool = nn.Identity()
-    return net
+def taps(net: nn.Module) -> dict[str, Tap]:
+    """Roles of the families that feature methods are used on; of the others only what the head sees."""
+    roles: dict[str, Tap] = {}
+    if isinstance(net, torchvision.models.ResNet):
+        roles = of_resnet(net)
+    elif isinstance(net, torchvision.models.VGG):
+        roles = of_sequence(net.features, "features.")
+    elif isinstance(net, torchvision.models.DenseNet):
+        norms = [f"features.transition{k}.norm" for k in (1, 2, 3)] + ["features.norm5"]
+        roles = numbered((Tap(f"features.denseblock{k}") for k in (1, 2, 3, 4)), (Tap(n, norm=n) for n in norms))
+    elif isinstance(net, INVERTED):
+        blocks = [
+            path
+            for path, module in net.named_modules()
+            if type(module).__name__ in ("InvertedResidual", "MBConv", "FusedMBConv")
+        ]
+        # a stem that keeps the side is one for small images: there the blocks before the first halving count too
+        roles = of_inverted(net, blocks, whole=net.features[0][0].stride == (1, 1))
+    return roles | pooled(net)
 
 
 def _repair(state: dict[str, Tensor]) -> dict[str, Tensor]:

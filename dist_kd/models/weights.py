@@ -167,18 +167,30 @@ def read(path: Path, flag: str) -> dict[str, Tensor]:
     return state
 
 
-def head_classes(construct: Callable[[int], nn.Module], state: dict[str, Tensor]) -> int | None:
-    """How many classes the tensors are for: the size of the parameter that grows with the number of classes."""
+def head_keys(construct: Callable[[int], nn.Module]) -> list[str]:
+    """The names of the tensors that grow with the number of classes."""
     try:
         with torch.device("meta"):  # shapes only, and no random number drawn
             two, three = construct(2).state_dict(), construct(3).state_dict()
     except NotImplementedError:  # regnets compute their widths with tensors
         with torch.random.fork_rng(devices=[]):
             two, three = construct(2).state_dict(), construct(3).state_dict()
-    for key, value in two.items():
-        if value.shape != three[key].shape and key in state and state[key].ndim:
-            return state[key].shape[0]
-    return None
+    return [key for key, value in two.items() if value.shape != three[key].shape]
+
+
+def head_classes(keys: list[str], state: dict[str, Tensor]) -> int | None:
+    """How many classes the tensors are for: the first size of those of `keys` (from head_keys) that are there."""
+    return next((state[key].shape[0] for key in keys if key in state and state[key].ndim), None)
+
+
+def fresh_head(net: nn.Module, state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
+    """`state` with the tensors named in `keys` as `net` has them: what was trained for other classes is left out."""
+    own = net.state_dict()
+    fresh = type(state)((key, own[key] if key in keys else value) for key, value in state.items())
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        fresh._metadata = versions
+    return fresh
 
 
 def apply(net: nn.Module, state: dict[str, Tensor], what: str, arch: str, num_classes: int, flag: str) -> None:

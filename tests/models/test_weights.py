@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import pickle
 import re
 import socket
@@ -102,10 +103,10 @@ class TestFiles:
         assert "misshapen: `4.weight` [48, 16, 3, 3] instead of [32, 16, 3, 3]" in text
         assert len(text) < 1200
 
-    @pytest.mark.parametrize("role", ["student", "teacher"])
+    @pytest.mark.parametrize("role", ["teacher", "model"])
     def test_a_wrong_class_count_is_said_in_words(self, trained, tmp_path, role):
         torch.save(trained.net.state_dict(), tmp_path / "net.pth")
-        with pytest.raises(ConfigError, match=rf"\(--{role}-weights\) .* they are for 10 classes, not 7"):
+        with pytest.raises(ConfigError, match=r"weights\) .* they are for 10 classes, not 7"):
             build("cnn_small", 7, str(tmp_path / "net.pth"), role=role)
 
     @pytest.mark.parametrize("content", [b"", b"not a network", b"PK\x03\x04 half a zip"])
@@ -219,6 +220,54 @@ class TestDownload:
             files.locate(offer, "efficientnet_lite9", "--teacher-weights")
 
 
+class TestFreshHead:
+    """A student may start from weights for other classes: all but the head is theirs, and it is said."""
+
+    def test_a_local_file(self, trained, tmp_path):
+        torch.save(trained.net.state_dict(), tmp_path / "net.pth")
+        torch.manual_seed(9)
+        network = build("cnn_small", 7, str(tmp_path / "net.pth"))
+        torch.manual_seed(9)
+        fresh = build("cnn_small", 7)
+        assert network.notes == ("head 10 -> 7 classes, fresh",) and trained.notes == ()
+        assert network.spec.weights == f"{tmp_path / 'net.pth'}, head 10 -> 7 classes, fresh"
+        body = {k: v for k, v in trained.net.state_dict().items() if not k.startswith("14.")}
+        assert body and all(torch.equal(network.net.state_dict()[k], v) for k, v in body.items())
+        for key in ("14.weight", "14.bias"):  # as the same seed without any weights gives it
+            assert torch.equal(network.net.state_dict()[key], fresh.net.state_dict()[key])
+
+    def test_published_ones_of_each_library(self, hub):
+        torch.save(build("resnet18", 1000).net.state_dict(), hub / "resnet18-f37072fd.pth")
+        torch.save(build("efficientnet_b0", 1000).net.state_dict(), hub / "efficientnet-b0-355c32eb.pth")
+        archs = ["resnet18", "efficientnet_b0"]
+        if importlib.util.find_spec("timm"):
+            save_file(build("timm/resnet18", 1000).net.state_dict(), hub / "resnet18.a1_in1k.safetensors")
+            archs.append("timm/resnet18")
+        for arch in archs:
+            network = build(arch, 101, "DEFAULT")
+            assert network.notes == ("head 1000 -> 101 classes, fresh",)
+            assert network.spec.weights.endswith(", head 1000 -> 101 classes, fresh")
+            with pytest.raises(ConfigError, match="are for 1000 classes, but the data have 101"):
+                build(arch, 101, "DEFAULT", role="teacher")
+
+    def test_a_run_on_other_classes(self, trained, tmp_path):
+        save_student(trained, tmp_path / "student", classes=CLASSES, card="", extra={})
+        network = build("cnn_small", 4, str(tmp_path))
+        assert network.notes == ("head 10 -> 4 classes, fresh",)
+        assert torch.equal(network.net[0].weight, trained.net[0].weight)
+
+    def test_what_else_does_not_fit_is_still_refused(self, trained, tmp_path):
+        state = {k: v for k, v in trained.net.state_dict().items() if k != "0.weight"}
+        torch.save(state, tmp_path / "net.pth")
+        with pytest.raises(ConfigError, match=r"1 missing: `0\.weight`"):
+            build("cnn_small", 7, str(tmp_path / "net.pth"))
+
+    def test_the_same_class_count_keeps_the_head(self, trained, tmp_path):
+        torch.save(trained.net.state_dict(), tmp_path / "net.pth")
+        network = build("cnn_small", 10, str(tmp_path / "net.pth"))
+        assert same(network, trained) and network.notes == ()
+
+
 class TestFolders:
     def test_a_run_or_student_folder(self, trained, tmp_path):
         save_student(trained, tmp_path / "run" / "student", classes=CLASSES, card="", extra={})
@@ -231,7 +280,7 @@ class TestFolders:
         with pytest.raises(ConfigError, match="are of `cnn_small`, not of `cnn_medium`"):
             build("cnn_medium", 10, str(tmp_path))
         with pytest.raises(ConfigError, match="are for 10 classes, but the data have 4"):
-            build("cnn_small", 4, str(tmp_path))
+            build("cnn_small", 4, str(tmp_path), role="teacher")
         (tmp_path / "empty").mkdir()
         with pytest.raises(ConfigError, match=r"holds no student.* has the run finished\?"):
             build("cnn_small", 10, str(tmp_path / "empty"))
