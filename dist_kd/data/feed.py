@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing import connection
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -143,7 +143,9 @@ class Feed:
             )
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the workers ignore them
         try:
-            self._iterator = iter(self._loader)
+            self._iterator = iter(self._loader)  # workers used again say first that they are there
+        except Exception as error:
+            self._fail(error)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         if self.workers:
@@ -159,13 +161,16 @@ class Feed:
             except StopIteration:
                 return
             except Exception as error:
-                said = self._said(error)
-                self._kill_workers()
-                self.close()
-                if said is error:
-                    raise
-                raise said from None
+                self._fail(error)
             yield rows
+
+    def _fail(self, error: Exception) -> NoReturn:
+        said = self._said(error)
+        self._kill_workers()
+        self.close()
+        if said is error:
+            raise error
+        raise said from None
 
     def close(self) -> None:
         """End the workers, those that hang after GRACE_S seconds."""
@@ -198,11 +203,11 @@ class Feed:
         """The DataError for what torch says of its workers; the error itself if it is something else."""
         text = str(error)
         if text.startswith("DataLoader timed out"):
-            awaited = self._iterator._task_info[self._iterator._rcvd_idx][0]
+            (awaited, *_) = self._iterator._task_info.get(self._iterator._rcvd_idx, (None,))
+            last = "" if awaited is None else f"; the one awaited {self._last_read(awaited)}"
             return DataError(
                 f"no batch came within `{self.timeout_s:g}` s from {self.workers} loader processes (flag "
-                f"`--loader-timeout`); the one awaited {self._last_read(awaited)}; the storage hangs or is too slow: "
-                "check it, or give them longer"
+                f"`--loader-timeout`){last}; the storage hangs or is too slow: check it, or give them longer"
             )
         # a worker killed while it hands over a batch leaves a broken connection; `Caught` is from inside a worker
         broken = self.workers and isinstance(error, (EOFError, OSError)) and not text.startswith("Caught")
