@@ -30,7 +30,7 @@ from dist_kd.errors import DataError
 log = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.9  # of the loader's time limit: the cache gives up first, as it knows what went wrong
-MOST_SHARDS = 1_000_000  # names a pattern may stand for
+MOST_SHARDS = 100_000  # names a pattern may stand for
 DEEPEST = 20  # braces within braces
 SHOWN = 3  # names shown of a long list
 LOOKS = 16  # shards looked at at once
