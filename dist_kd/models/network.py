@@ -45,16 +45,22 @@ class Network(nn.Module):
         super().__init__()
         self.net = net
         self.spec = spec
-        self.wants = frozenset(wants)
+        self.wants: frozenset[str] = frozenset()
         self.taps: dict[str, Tap] = dict(taps or {})
         self.notes = notes  # what was done to the weights that its user should know, a line each
         self.at_rest: tuple[str, ...] = ()  # submodules of `net` that stay in evaluation mode while it trains
         self._kept: dict[str, Tensor] = {}
-        if self.wants:
-            self._hook(self.wants, self._kept)
-            for module in net.modules():  # an activation in place would overwrite the feature before it
-                if getattr(module, "inplace", False):
-                    module.inplace = False
+        if wants:
+            self.want(wants)
+
+    def want(self, names: Iterable[str]) -> None:
+        """From now on, these features too are in the output; before the network is compiled or folded."""
+        new = frozenset(names) - self.wants
+        self._hook(new, self._kept)
+        self.wants |= new
+        for module in self.net.modules():  # an activation in place would overwrite the feature before it
+            if getattr(module, "inplace", False):
+                module.inplace = False
 
     def tap(self, name: str) -> Tap:
         """Where `name`, a role or the path of a submodule, is tapped; ConfigError with what is near for a miss."""

@@ -7,6 +7,7 @@ import torch
 
 from dist_kd.models import build, load, save_student
 from dist_kd.models.names import CIFAR, ORIGINALS
+from dist_kd.teacher import fold_batch_norm
 
 OURS = (*CIFAR, *ORIGINALS, "mobilenet_v2", "resnet34", "efficientnet_b0")
 # one of each kind that is quick with real numbers, and the side it is shown here; the others differ from them in
@@ -68,6 +69,16 @@ class TestReal:
         assert torch.allclose(turned, plain, rtol=1e-3, atol=1e-4)
         assert short.dtype == torch.bfloat16
         assert (short.float() - plain).norm() < 0.1 * plain.norm()
+
+    def test_folds_as_a_teacher(self, arch):
+        torch.manual_seed(0)
+        network = build(arch, 7)
+        network.train()(images(arch, 8))
+        network.eval()
+        with torch.no_grad():
+            expected = network(images(arch, 2)).logits
+            found = fold_batch_norm(network)(images(arch, 2)).logits
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
     def test_a_seed_gives_the_network(self, arch):
         weights = []

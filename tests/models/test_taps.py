@@ -210,6 +210,19 @@ def test_timms_networks_have_roles_too():
     assert list(vit.taps) == ["pooled"]
 
 
+def test_roles_can_be_asked_for_after_a_look_at_them():
+    torch.manual_seed(0)
+    asked = build("resnet20_cifar", 10, wants=frozenset({"pre_relu1", "stage1"})).eval()
+    network = build("resnet20_cifar", 10).eval()
+    network.load_state_dict(asked.state_dict())
+    network.want(["stage1"])
+    network.want(["stage1", "pre_relu1"])
+    assert network.wants == asked.wants
+    images = torch.randn(2, 3, 16, 16)
+    found, expected = network(images).features, asked(images).features
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+
+
 def test_a_role_that_a_network_lacks_is_refused():
     with pytest.raises(ConfigError, match=r"`resnet20_cifar` has no feature `stage4` to tap; did you mean `stage"):
         build("resnet20_cifar", 10, wants=frozenset({"stage4"}))
