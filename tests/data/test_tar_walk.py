@@ -118,6 +118,11 @@ HOSTILE = {
     ),
     "names without end": ([block_of("x", b"a.jpg" + bytes(4000), LONG_NAME)] * 400, r"extended headers of more than"),
     "a name for nothing": ([block_of("a.jpg", b"x"), block_of("x", b"b.jpg", LONG_NAME)], r"without its member"),
+    "a link's name for nothing": ([block_of("x", b"b.jpg", LONG_LINK)], r"without its member"),
+    "a folder's name in two parts": (
+        [checked(block_of("", kind=b"\0")[:345] + b"L" + bytes(166))],  # to tarfile a file of the name `L/`
+        r"holds `L/`, which has no extension",
+    ),
     "a name for all": ([block_of("x", record("path", "a.jpg"), GLOBAL), block_of("b.jpg")], r"sets path for all"),
     "a sparse file": (
         [
