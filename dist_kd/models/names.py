@@ -29,6 +29,7 @@ resnet8x4_cifar resnext29_2x64d_cifar resnext29_32x4d_cifar resnext29_32x8d_cifa
 wrn_16_2_cifar wrn_40_1_cifar wrn_40_2_cifar
 """
 CIFAR: tuple[str, ...] = tuple(_CIFAR.split())
+# what the four projects built themselves, named after what is special about it
 ORIGINALS: tuple[str, ...] = (
     "resnet18_fine",
     "residual_cnn",
