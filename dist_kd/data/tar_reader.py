@@ -30,13 +30,23 @@ class BadSample(DataError):
         return BadSample, (str(self), self.damage)
 
 
+class _File:
+    """An open shard. It is closed when nobody reads from it any more: threads share a reader, which keeps only some."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
 class TarReader:
     """Bytes of samples. Opens shards when they are first needed, in each process for itself; pickles without them."""
 
     def __init__(self, index: Index):
         self.index = index
         self.retries = 0  # reads that failed and were tried again
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard number -> file descriptor
+        self._open: OrderedDict[int, _File] = OrderedDict()  # by shard number
         self._first_seen: dict[int, tuple] = {}  # shard number -> which file it was
         self._started = time.time_ns()
         self._opening = threading.Lock()  # the threads of memory.py share a reader
@@ -68,11 +78,7 @@ class TarReader:
         return f"sample {sample} of shard `{self.index.location(shard)}`"
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __del__(self):
-        self.close()
+        self._open.clear()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": OrderedDict(), "_opening": None}
@@ -83,15 +89,17 @@ class TarReader:
     def _read(self, shard: int, sample: int, offset: int, length: int) -> bytes:
         for wait in (*RETRY_WAITS, None):
             try:
-                data = os.pread(self._descriptor(shard), length, offset)
+                file = self._file(shard)
+                data = os.pread(file.descriptor, length, offset)
                 while 0 < len(data) < length:  # the kernel may give less than asked, and does above 2 GiB
-                    more = os.pread(self._descriptor(shard), length - len(data), offset + len(data))
+                    more = os.pread(file.descriptor, length - len(data), offset + len(data))
                     if not more:
                         break
                     data += more
                 break
             except OSError as error:
-                self._forget(shard)  # a stale handle stays stale
+                with self._opening:
+                    self._open.pop(shard, None)  # a stale handle stays stale
                 if wait is None or error.errno in FINAL:
                     raise DataError(
                         f"{self.name(sample)} cannot be read ({error.strerror}, after {len(RETRY_WAITS)} retries); "
@@ -108,25 +116,25 @@ class TarReader:
             )
         return data
 
-    def _descriptor(self, shard: int) -> int:
+    def _file(self, shard: int) -> _File:
         with self._opening:
             return self._opened(shard)
 
-    def _opened(self, shard: int) -> int:
+    def _opened(self, shard: int) -> _File:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            while len(self._open) >= OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = self.index.open_shard(shard)
-            now, indexed = os.fstat(self._open[shard]), self.index.shards[shard].bytes
+            file = _File(self.index.open_shard(shard))
+            now, indexed = os.fstat(file.descriptor), self.index.shards[shard].bytes
             if now.st_size != indexed and not self.index.url:
-                self._forget(shard)
                 raise DataError(
                     f"shard `{self.index.location(shard)}` has {now.st_size} bytes where the index says {indexed}: it "
                     "was cut, replaced or added to; copy it again, or index the shards anew"
                 )
             self._first_seen.setdefault(shard, _identity(now))
+            while len(self._open) >= OPEN_SHARDS:
+                self._open.popitem(last=False)
+            self._open[shard] = file
         return self._open[shard]
 
     def _change(self, shard: int) -> str:
@@ -136,17 +144,13 @@ class TarReader:
         """
         if self.index.url:
             return ""
-        now, indexed = os.fstat(self._descriptor(shard)), self.index.shards[shard].bytes
+        now, indexed = os.fstat(self._file(shard).descriptor), self.index.shards[shard].bytes
         if now.st_size != indexed:
             return f"it has {now.st_size} bytes where the index says {indexed}"
         # another file under the same name, or the same one written to: since it was first opened, or since the start
         if _identity(now) != self._first_seen[shard] or max(now.st_mtime_ns, now.st_ctime_ns) > self._started:
             return "its file is another one, or was written to, since this run began"
         return ""
-
-    def _forget(self, shard: int) -> None:
-        if shard in self._open:
-            os.close(self._open.pop(shard))
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:

@@ -50,6 +50,18 @@ def test_few_files_are_open_at_once(index, monkeypatch):
     assert not [name for name in open_files() if name.endswith(".tar")]
 
 
+def test_threads_that_share_a_reader_close_nothing_under_each_other(index, monkeypatch):
+    """With one file kept open, every other thread's read closes it; its number may then be another shard's."""
+    alone = TarReader(index)
+    expected = [alone.read(sample) for sample in range(22)]
+    monkeypatch.setattr(tar_reader, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(tar_reader, "RETRY_WAITS", ())
+    reader, samples = TarReader(index), np.random.default_rng(0).integers(0, 22, 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(reader.read, samples)) == [expected[sample] for sample in samples]
+    assert reader.retries == 0
+
+
 def test_pickles_without_open_files(index):
     reader = TarReader(index)
     data = reader.read(3)
@@ -98,8 +110,7 @@ def test_reads_that_fail_are_tried_again(index, monkeypatch):
     monkeypatch.setattr(tar_reader, "RETRY_WAITS", (0.0, 0.0))
     reader = TarReader(index)
     data = reader.read(0)
-    os.close(reader._open[0])
-    reader._open[0] = os.open(index.shard_path(0), os.O_WRONLY)  # reading it fails
+    reader._open[0] = tar_reader._File(os.open(index.shard_path(0), os.O_WRONLY))  # reading it fails
     assert reader.read(0) == data and reader.retries == 1
     assert reader.read(1) and reader.retries == 1
 
