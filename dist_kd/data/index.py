@@ -119,9 +119,13 @@ class Index:
 
     def locate(self, sample: int) -> tuple[int, np.void]:
         """(shard number, row) of a sample."""
+        return self.shard_of(sample), self.rows[sample]
+
+    def shard_of(self, sample: int) -> int:
+        """The number of a sample's shard."""
         if not 0 <= sample < len(self.rows):
             raise IndexError(f"sample {sample} of {len(self.rows)}")
-        return bisect.bisect_right(self.ends, sample), self.rows[sample]
+        return bisect.bisect_right(self.ends, sample)
 
     def shard_rows(self, shard: int) -> np.ndarray:
         return self.rows[self.ends[shard] - self.shards[shard].samples : self.ends[shard]]
