@@ -26,7 +26,7 @@ from dist_kd.contracts import Batch
 from dist_kd.learner import Learner
 from dist_kd.loop import Run, _train_step
 from dist_kd.meters import Meters
-from dist_kd.methods import METHODS, build_method
+from dist_kd.methods import build_chosen, parts_of
 from dist_kd.optimizer import make_optimizer
 from dist_kd.plan import make_plan
 from dist_kd.runtime import Runtime, start_runtime
@@ -86,7 +86,7 @@ def our_run(config: Config, runtime: Runtime, student: nn.Module, teacher: Any, 
     student = student.to(runtime.device)
     if config.channels_last:
         student = student.to(memory_format=torch.channels_last)
-    method = build_method(config.method, **{k: getattr(config, k) for k in METHODS[config.method].settings})
+    method = build_chosen(config)
     learner = Learner(student, method.to(runtime.device))
     optimizer = make_optimizer(config, learner)
     if config.compile:
@@ -96,7 +96,7 @@ def our_run(config: Config, runtime: Runtime, student: nn.Module, teacher: Any, 
     return Run(
         plan=make_plan(config, 1, 1_281_167), seed=config.seed, clip_norm=None, keep=1, folder=Path(), runtime=runtime,
         source=None, teacher=teacher, student=student, method=method, learner=prepared, optimizer=optimizer,
-        average=None, evaluator=None, meters=Meters(runtime.device, METHODS[config.method].parts),
+        average=None, evaluator=None, meters=Meters(runtime.device, parts_of(config.method)),
         tracker=NullTracker(), stop=None, state=TrainState(), facts={},
     )  # fmt: skip
 

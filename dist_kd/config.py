@@ -136,7 +136,11 @@ class Config(BaseModel):
         "efficientnet_b0", "Student network.", group=MODELS, result=True, aliases=("-a", "--model", "--student-arch")
     )
     teacher_arch: str = setting(
-        "resnet152", "Teacher network, frozen.", group=MODELS, result=True, aliases=("--kd-model-name",)
+        "resnet152",
+        "Teacher network, frozen. Several, as in `resnet50 resnet34`, teach by the mean of their softmax.",
+        group=MODELS,
+        result=True,
+        aliases=("--kd-model-name",),
     )
     student_weights: str = setting(
         "none",
@@ -145,7 +149,12 @@ class Config(BaseModel):
         group=MODELS,
         result=True,
     )
-    teacher_weights: str = setting("DEFAULT", "The teacher's weights, as --student-weights.", group=MODELS, result=True)
+    teacher_weights: str = setting(
+        "DEFAULT",
+        "The teacher's weights, as --student-weights; of several teachers, as many, or one for all.",
+        group=MODELS,
+        result=True,
+    )
     teacher_eval_samples: int = setting(
         10_000,
         "Validation samples, evenly spaced, on which the teacher is scored before step 1.",
@@ -157,7 +166,19 @@ class Config(BaseModel):
 
     # distillation
     method: str = setting(
-        "ce", "Loss: ce (labels only) or kd. --kd is --method kd, --no-kd is --method ce.", group=METHOD, result=True
+        "ce",
+        "Loss: ce (labels only), kd, or others of --help-methods, added up as in kd+dist. --kd is --method kd, --no-kd "
+        "is --method ce.",
+        group=METHOD,
+        result=True,
+    )
+    method_args: str = setting(
+        "",
+        "Settings of the method, NAME=VALUE or METHOD.NAME=VALUE, joined by commas or repeated; in a file also a "
+        "mapping. --help-methods lists them.",
+        group=METHOD,
+        result=True,
+        aliases=("--method-arg",),
     )
     T: float = setting(
         4.0,
@@ -305,6 +326,13 @@ class Config(BaseModel):
     @property
     def peak_lr(self) -> float:
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def teachers(self) -> list[tuple[str, str]]:
+        """(network, weights) of each teacher."""
+        networks = self.teacher_arch.split(",")
+        weights = self.teacher_weights.split(",") if len(networks) > 1 else [self.teacher_weights]
+        return list(zip(networks, weights * len(networks) if len(weights) == 1 else weights, strict=True))
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the trained numbers, by name."""

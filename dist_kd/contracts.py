@@ -137,8 +137,11 @@ class Method(Protocol):
     """A loss. Concretely an nn.Module whose own parameters (adapters) are trained and saved with the student."""
 
     needs_teacher: bool
-    wants: frozenset[str]  # names of taps it needs from student and teacher; empty: logits only
+    student_taps: frozenset[str]  # features it reads, by role or path; both empty: logits only
+    teacher_taps: frozenset[str]
     formula: str  # the loss in force, one line, with its numbers
+    coupled: tuple[str, ...]  # methods in it that look across the rows of the micro-batches that run together
+    warnings: tuple[str, ...]  # what the numbers chosen are known to do, a line each
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch) -> LossTerms: ...
 

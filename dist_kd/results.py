@@ -12,6 +12,7 @@ from dist_kd.evaluation import Scores
 from dist_kd.loop import Run
 from dist_kd.report import write_report
 from dist_kd.run_folder import RunFolder, versions
+from dist_kd.teacher import SideBySide
 from dist_kd.tracking.jsonl import read_metrics
 
 
@@ -23,7 +24,7 @@ def network_line(role: str, spec, parameters: int) -> str:
 
 
 def header(
-    config: Config, run: Run, layout: dict[str, Any], data_lines: list[str], teacher_parameters: int
+    config: Config, run: Run, layout: dict[str, Any], data_lines: list[str], teacher_parameters: list[int]
 ) -> Iterator[str]:
     """The first lines of a run: every number that was derived, with the chosen ones it came from."""
     runtime, plan = run.runtime, run.plan
@@ -32,20 +33,38 @@ def header(
     )
     yield from data_lines
     yield network_line("student", run.student.spec, sum(p.numel() for p in run.student.parameters()))
-    if run.teacher.spec is not None:
-        yield network_line("teacher", run.teacher.spec, teacher_parameters)
-        for note in run.teacher.notes:
+    for teacher, parameters in zip(run.teacher.members, teacher_parameters, strict=True):
+        yield network_line("teacher", teacher.spec, parameters)
+        for note in teacher.notes:
             yield f"         {note}"
     yield f"loss     {run.method.formula}"
+    for warning in run.method.warnings:
+        yield f"WARNING: {warning}"
     yield (
         f"batch    {plan.global_batch} global = {runtime.world.world_size} process(es) x {plan.accum_steps} "
         f"accumulated x {plan.micro_batch} on one device (batch norm works over {plan.micro_batch})"
     )
+    yield from _group_lines(run)
     yield (
         f"plan     {plan.total_steps} steps = {plan.epoch_at(plan.total_steps):.4g} epochs of {plan.steps_per_epoch}; "
         f"{config.optimizer}, lr {plan.peak_lr:g} {plan.schedule}, warm-up {plan.warmup_steps} steps"
     )
     yield f"order    streams {layout['streams']}, window {layout['window']}, seed {config.seed}"
+
+
+def _group_lines(run: Run) -> Iterator[str]:
+    """Over how many rows the methods work that look across a batch, where there is such a method."""
+    names, plan, processes = ", ".join(run.method.coupled), run.plan, run.runtime.world.world_size
+    if not names:
+        return
+    group = processes * plan.micro_batch
+    yield f"group    {names} works over {group} rows = {processes} process(es) x {plan.micro_batch}"
+    if plan.accum_steps > 1:
+        yield (
+            f"WARNING: {names} sees {group} of the {plan.global_batch} rows of a step together, because "
+            f"{plan.accum_steps} micro-batches are accumulated; its loss is that of a batch of {group}. A larger "
+            "--device-batch-size, or more processes, would change that"
+        )
 
 
 def teacher_line(spec, scores: Scores) -> str:
@@ -82,6 +101,8 @@ def summary(run: Run, teacher: tuple[Any, Scores] | None, folder: RunFolder, sec
         spec, scores = teacher
         values = {k.removeprefix("teacher/"): v for k, v in scores.values("teacher").items()}
         result["teacher"] = {"arch": spec.arch, "weights": spec.weights, **values}
+    if run.method.coupled:
+        result["coupled_rows"] = run.runtime.world.world_size * run.plan.micro_batch
     result["skipped"] = {
         "left_out_per_epoch": run.facts["layout"]["left_out"],
         "bad_samples": state.data.bad,
@@ -164,14 +185,16 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
         "device_batch_size": config.device_batch_size,
         "channels_last": config.channels_last,
     }
-    card = model_card(config, result, network, built["train"].spec.name, built["teacher_parameters"])
+    card = model_card(config, result, network, built["train"].spec.name, sum(built["teacher_parameters"]))
     models.save_student(
         network, folder.path / "student", classes=built["train"].classes, card=card, extra={"evaluation": evaluation}
     )
     size, classes = network.spec.image_size, network.spec.num_classes
     student = models.build(network.spec.arch, classes, "none", image_size=size)
     spec = run.teacher.spec
-    teacher = models.build(spec.arch, spec.num_classes, "none", image_size=spec.image_size) if spec else None
+    specs = [member.spec for member in run.teacher.members]
+    teachers = [models.build(s.arch, s.num_classes, "none", image_size=s.image_size) for s in specs]
+    teacher = SideBySide(teachers, spec) if len(teachers) > 1 else next(iter(teachers), None)
     table = compression.compare(teacher, student, size, teacher_image_size=spec.image_size if spec else None)
     folder.write("compression.json", table)
     run.runtime.say(compression.table(table))

@@ -7,6 +7,8 @@ dropped if it does not agree.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_kd.contracts import ModelOutput, NetworkSpec
+from dist_kd.methods.ensemble import MEMBERS, mean_logits
 
 # largest relative distance of prepared from plain logits, by precision: bf16 keeps 8 bits, fp16 11
 TOLERANCE = {"no": 1e-3, "fp16": 0.03, "bf16": 0.1}
@@ -56,6 +59,7 @@ class Teacher:
     ) -> None:
         spec: NetworkSpec = network.spec
         self.spec = spec
+        self.members = [self]
         self.device = torch.device(device)
         self.precision = precision
         self.notes: list[str] = []
@@ -122,10 +126,43 @@ class Teacher:
             return self.network(images)
 
 
+class Ensemble:
+    """Several teachers as one: its logits are the log of their mean softmax, and their own travel as a feature.
+
+    So every loss can take the mean at its own temperature (methods/ensemble.py).
+    """
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        self.members = list(members)
+        specs = [member.spec for member in members]
+        names, weights = (", ".join(getattr(spec, field) for spec in specs) for field in ("arch", "weights"))
+        self.spec = dataclasses.replace(specs[0], arch=names, weights=weights)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> ModelOutput:
+        each = torch.stack([member(images).logits.float() for member in self.members])  # [K, B, C]
+        return ModelOutput(mean_logits(each, 1.0), {MEMBERS: each})
+
+
+class SideBySide(nn.Module):
+    """The networks of several teachers as one, to be measured: images of the first one's side -> their mean logits."""
+
+    def __init__(self, networks: Sequence[nn.Module], spec: NetworkSpec) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.spec = spec
+
+    def forward(self, images: Tensor) -> Tensor:
+        sides = [(network.spec.image_size,) * 2 for network in self.networks]
+        views = [images if images.shape[2:] == side else F.interpolate(images, size=side) for side in sides]
+        return torch.stack([n(view).logits for n, view in zip(self.networks, views, strict=True)]).mean(dim=0)
+
+
 class NoTeacher:
     """What the loop calls when the method needs none."""
 
     spec = None
+    members: tuple[Teacher, ...] = ()
 
     def __call__(self, images: Tensor) -> None:
         return None

@@ -27,14 +27,15 @@ from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
 from dist_kd.loop import Run, fit, note_unscored
 from dist_kd.meters import Meters
-from dist_kd.methods import METHODS, build_method
+from dist_kd.methods import build_chosen, needs_teacher, parts_of
+from dist_kd.methods.frame import Pair
 from dist_kd.optimizer import make_optimizer
 from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime, StopRequests, start_runtime
 from dist_kd.sets import check_cache, data_lines, loader_settings, make_evaluator, open_sets
-from dist_kd.teacher import NoTeacher, Teacher
+from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 
 EXIT_PREEMPTED = 75
@@ -52,26 +53,71 @@ def build_student(config: Config, num_classes: int):
     return network
 
 
-def build_teacher(config: Config, num_classes: int):
-    """The plain teacher network, or None if the method needs none."""
-    if not METHODS[config.method].needs_teacher:
-        return None
-    torch.manual_seed(config.seed + 1)
-    return models.build(config.teacher_arch, num_classes, config.teacher_weights, role="teacher")
+def build_teachers(config: Config, num_classes: int) -> list:
+    """The plain teacher networks; none if the method needs none."""
+    networks = []
+    for number, (arch, weights) in enumerate(config.teachers if needs_teacher(config.method) else [], 1):
+        torch.manual_seed(config.seed + number)
+        networks.append(models.build(arch, num_classes, weights, role="teacher"))
+    return networks
+
+
+def build_loss(config: Config, student, teachers: list, train_samples: int):
+    """The loss over these networks, which from now on give the features that it reads."""
+    torch.manual_seed(config.seed + 2**31)  # adapters are drawn apart from the networks
+    pair = Pair(
+        student=student,
+        teacher=teachers[0] if len(teachers) == 1 else None,
+        teachers=len(teachers),
+        num_classes=student.spec.num_classes,
+        train_samples=train_samples,
+        batch_size=config.batch_size,
+    )
+    method = build_chosen(config, pair)
+    for network, taps in ((student, method.student_taps), *((teacher, method.teacher_taps) for teacher in teachers)):
+        if taps:
+            network.want(taps)
+    return method
+
+
+def prepare_teacher(config: Config, runtime: Runtime, networks: list, student_spec) -> Teacher | Ensemble | NoTeacher:
+    """The plain networks as the one function that the loop calls."""
+    teachers = [
+        Teacher(
+            network,
+            student_spec,
+            image_size=student_spec.image_size,
+            precision=runtime.precision,
+            device=runtime.device,
+            channels_last=config.channels_last,
+            compiled=config.compile,
+        )
+        for network in networks
+    ]
+    return Ensemble(teachers) if len(teachers) > 1 else (teachers or [NoTeacher()])[0]
 
 
 # ------------------------------------------------------------------------------------------------- run
 
 
 def score_teacher(
-    config: Config, runtime: Runtime, teacher: Teacher, evaluator: Evaluator, index: Index, spec, stopped
+    config: Config, runtime: Runtime, teacher: Teacher | Ensemble, evaluator: Evaluator, index: Index, spec, stopped
 ) -> Scores:
-    """The teacher on the validation set before step 1, through the student's own view; remembers its answers."""
-    if config.teacher_eval_samples >= index.spec.num_samples:
-        return evaluator.score(teacher, remember=True)
-    sample = make_evaluator(config, runtime, index, spec, stopped, limit=config.teacher_eval_samples)
+    """The teacher on the validation set before step 1, through the student's own view; remembers its answers.
+
+    Of several teachers each is scored and said first, then their mean, which is what teaches.
+    """
+    sample = evaluator
+    if config.teacher_eval_samples < index.spec.num_samples:
+        sample = make_evaluator(config, runtime, index, spec, stopped, limit=config.teacher_eval_samples)
+    for member in teacher.members if len(teacher.members) > 1 else ():
+        alone = sample.score(member)
+        if not alone.complete:
+            return alone
+        runtime.say(results.teacher_line(member.spec, alone))
     scores = sample.score(teacher, remember=True)
-    evaluator.share_answers(sample)
+    if sample is not evaluator:
+        evaluator.share_answers(sample)
     return scores
 
 
@@ -117,23 +163,12 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
 
     network = build_student(config, train.spec.num_classes)
     student_spec = network.spec
+    plain_teachers = build_teachers(config, train.spec.num_classes)
+    method = build_loss(config, network, plain_teachers, train.spec.num_samples).to(runtime.device)
     student = network.to(runtime.device)
     if config.channels_last:
         student = student.to(memory_format=torch.channels_last)
-    plain_teacher = build_teacher(config, train.spec.num_classes)
-    teacher: Any = NoTeacher()
-    if plain_teacher is not None:
-        teacher = Teacher(
-            plain_teacher,
-            student_spec,
-            image_size=student_spec.image_size,
-            precision=runtime.precision,
-            device=runtime.device,
-            channels_last=config.channels_last,
-            compiled=config.compile,
-        )
-    settings_of = METHODS[config.method].settings
-    method = build_method(config.method, **{k: getattr(config, k) for k in settings_of}).to(runtime.device)
+    teacher = prepare_teacher(config, runtime, plain_teachers, student_spec)
     average = Average(student, config.ema_decay) if config.ema_decay else None
     learner = Learner(student, method)
     bare_optimizer = make_optimizer(config, learner)
@@ -174,7 +209,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         optimizer=optimizer,
         average=average,
         evaluator=evaluator,
-        meters=Meters(runtime.device, METHODS[config.method].parts),
+        meters=Meters(runtime.device, parts_of(config.method)),
         tracker=NullTracker(),
         stop=stop,
         state=TrainState(),
@@ -182,7 +217,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     )
     if start.checkpoint is not None:
         restore(run, start)
-    teacher_parameters = sum(p.numel() for p in plain_teacher.parameters()) if plain_teacher else 0
+    teacher_parameters = [sum(p.numel() for p in plain.parameters()) for plain in plain_teachers]
     for line in results.header(
         config, run, layout, data_lines(config, runtime.world, train, val, order, augment), teacher_parameters
     ):
@@ -206,7 +241,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             evaluated=run.state.evaluated_at == run.state.step,
         )
     scores = None
-    if plain_teacher is not None:
+    if plain_teachers:
         scores = score_teacher(config, runtime, teacher, evaluator, val, student_spec, stop.agreed)
         if scores.complete:
             values = scores.values("teacher")

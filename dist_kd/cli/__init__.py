@@ -1,6 +1,7 @@
 """argv + YAML -> frozen Config, before torch is imported, so that help and typos answer at once on every rank.
 
-names.py spellings, flags.py argv, files.py YAML, rules.py what is wrong, help_page.py the help, exits.py how it ends.
+names.py spellings, flags.py argv, files.py YAML, rules.py what is wrong, method_args.py settings of methods,
+help_page.py the help, exits.py how it ends.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dist_kd.cli import files, help_page
+from dist_kd.cli import files, help_page, method_args
 from dist_kd.cli.exits import UsageError, ended, is_speaker
 from dist_kd.cli.flags import scan
 from dist_kd.cli.names import FIELDS, Given, nearest, shown
 from dist_kd.cli.rules import clashes, convert
 from dist_kd.config import Config
+from dist_kd.methods import METHODS
 
 __all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "nearest", "parse", "shown"]
 
@@ -32,10 +34,12 @@ class Parsed(NamedTuple):
 def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data: bool = True) -> Parsed:
     """The settings that `argv` and the files it names ask for.
 
-    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help` and `--print-config` print (on
-    rank 0) and raise SystemExit(0).
+    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help`, `--help-methods` and
+    `--print-config` print (on rank 0) and raise SystemExit(0).
     """
     found = scan(list(argv))
+    if found.help_methods:
+        _print_and_leave(help_page.render_methods())
     merged, problems = _Merged(), list(found.problems)
     if env.get(DATA_VARIABLE):
         origin = f"variable {DATA_VARIABLE}"
@@ -48,6 +52,7 @@ def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data:
         wrong = [] if not found.files else problems
         _print_and_leave(help_page.render(merged.config(), merged.origins(), wrong))
     problems += merged.add(found.given)
+    problems += merged.settle()
     config = merged.config()
     problems += merged.check(config)
     if require_data and not found.print_config and config.data is None and "data" not in merged.bad:
@@ -79,11 +84,21 @@ class _Merged:
         self.values: dict[str, Any] = {}
         self.by: dict[str, Given] = {}  # who gave the value in force
         self.bad: set[str] = set()  # fields with a problem, not to be asked further questions
+        self.args: list[method_args.Arg] = []  # settings of methods, not yet understood
+        self.layers: dict[str, int] = {}  # of the value in force
+        self.count = 0
 
     def add(self, layer: Iterable[Given]) -> list[str]:
         """Lays one file, or the flags, over what is there; returns the problems found in it."""
         problems, here = [], {}
+        self.count += 1
         for item in layer:
+            if item.field == "method_args":
+                args, problem = method_args.pieces(item, self.count)
+                self.args += args
+                self.by["method_args"] = item
+                problems += [problem] if problem else []
+                continue
             value, problem = convert(item)
             if problem:
                 problems.append(problem)
@@ -101,7 +116,30 @@ class _Merged:
         if "epochs" in here and "max_steps" not in here and self.values.get("max_steps") is not None:
             here["max_steps"] = None, here["epochs"][1]
         for name, (value, item) in here.items():
-            self.values[name], self.by[name] = value, item
+            self.values[name], self.by[name], self.layers[name] = value, item, self.count
+        return problems
+
+    def settle(self) -> list[str]:
+        """Understands the settings of methods, now that all layers have named the method."""
+        if "method" in self.bad:
+            return []
+        found, problems = method_args.understand(self.config().method, self.args)
+        for key, (value, arg) in found.items():
+            owner, field = key.split(".")
+            if field not in METHODS[owner].short or field in self.bad:
+                continue
+            layer = self.layers.get(field, 0)
+            if layer == arg.layer and self.values[field] != value:
+                problems.append(
+                    f"{arg.item.key}: gives {field} `{value}`, but {self.by[field].key} gives `{self.values[field]}` "
+                    f"({arg.item.origin}; {self.by[field].origin}); keep one"
+                )
+            elif layer < arg.layer:
+                self.values[field], self.by[field], self.layers[field] = value, arg.item, arg.layer
+        if text := method_args.spelled(found):
+            givers = list(dict.fromkeys(_short(u.arg.item.origin) for u in found.values()))
+            self.values["method_args"] = text
+            self.by["method_args"] = Given("method_args", text, "--method-arg", ", ".join(givers))
         return problems
 
     def config(self) -> Config:

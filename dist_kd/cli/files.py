@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from dist_kd.cli.names import FIELDS, LONG, SWITCHES, Given, nearest, shown
+from dist_kd.cli.names import FIELDS, LONG, SEVERAL, SWITCHES, Given, nearest, shown
 from dist_kd.config import Config
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # beside the package, as in a checkout
@@ -75,7 +75,20 @@ def read(path: Path) -> tuple[list[Given], list[str]]:
             problems.append(f"{name}: is given twice, in lines {lines[name]} and {line}; keep one {where}")
             continue
         lines[name] = line
-        if not isinstance(node, yaml.ScalarNode):
+        if _is_mapping_of_scalars(node) and LONG.get(name.replace("-", "_")) == "method_args":
+            given += [
+                Given(
+                    "method_args",
+                    f"{k.value}={v.value}",
+                    f"{name}.{k.value}",
+                    f"{origin}, line {k.start_mark.line + 1}",
+                )
+                for k, v in node.value
+            ]
+        elif _is_list_of_scalars(node) and LONG.get(name.replace("-", "_")) in SEVERAL:
+            text = ",".join(item.value for item in node.value)
+            given.append(Given(LONG[name.replace("-", "_")], text, name, f"{origin}, line {line}"))
+        elif not isinstance(node, yaml.ScalarNode):
             kind = "a nested mapping" if isinstance(node, yaml.MappingNode) else "a list"
             problems.append(f"{name}: must be one value, got {kind}; settings are flat {where}")
         elif node.tag not in PLAIN_TAGS:
@@ -84,6 +97,18 @@ def read(path: Path) -> tuple[list[Given], list[str]]:
             item = _given(name, node, f"{origin}, line {line}")
             (problems if isinstance(item, str) else given).append(item)
     return given, problems
+
+
+def _is_mapping_of_scalars(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.MappingNode) and all(
+        isinstance(part, yaml.ScalarNode) and part.tag in PLAIN_TAGS for pair in node.value for part in pair
+    )
+
+
+def _is_list_of_scalars(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode) and all(
+        isinstance(part, yaml.ScalarNode) and part.tag in PLAIN_TAGS for part in node.value
+    )
 
 
 def _given(name: str, node: yaml.ScalarNode, origin: str) -> Given | str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dist_kd.cli.names import FIELDS, LONG, SHORT, SWITCHES, Given, flag, is_switch, nearest, shown
+from dist_kd.cli.names import FIELDS, LONG, SEVERAL, SHORT, SWITCHES, Given, flag, is_switch, nearest, shown
 
 SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
-OWN = ("config", "print_config", "help")  # flags of the command line itself; no settings
+OWN = ("config", "print_config", "help", "help_methods")  # flags of the command line itself; no settings
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Scan:
     given: list[Given] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # of --config
     help: bool = False
+    help_methods: bool = False
     print_config: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -45,6 +46,8 @@ def _one_flag(found: Scan, name: str, value: str | None, rest: list[str]) -> Non
     bare = key[3:] if key and key.startswith("no_") else None  # X of --no-X
     if name == "-h" or key == "help":
         found.help = True
+    elif key == "help_methods":
+        found.help_methods = True
     elif key == "print_config":
         found.print_config = True
     elif key == "config":
@@ -61,6 +64,8 @@ def _one_flag(found: Scan, name: str, value: str | None, rest: list[str]) -> Non
             _switch(found, name, value, rest, setting, True)
             return
         text = _value(found, name, value, rest, "a value")
+        while setting in SEVERAL and text is not None and rest and not _is_flag(rest[0]):
+            text += "," + rest.pop(0)
         if text is not None:
             found.given.append(Given(setting, text, name, f"flag {name}"))
     elif bare in LONG and is_switch(LONG[bare]):

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dist_kd.cli.files import preset_names
 from dist_kd.cli.names import FIELDS, aliases, choices, flag, is_optional, is_switch, kinds
 from dist_kd.config import Config
+from dist_kd.methods import METHODS
+from dist_kd.methods.settings import Setting
 
 INDENT = 28  # columns before the meaning
 METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
@@ -30,6 +32,7 @@ def render(config: Config, origins: Mapping[str, str], problems: list[str], widt
         "command line",
         *_entry("--config NAME_OR_PATH", f"A YAML file, or a preset: {', '.join(preset_names())}. Repeatable.", width),
         *_entry("--print-config", "Print every setting with its origin, as a YAML file for --config, and end.", width),
+        *_entry("--help-methods", "Print every loss with its paper, formula and settings, and end.", width),
         *_entry("-h, --help", "Print this, with the values of the presets given before or after it, and end.", width),
     ]
     group = None
@@ -44,6 +47,44 @@ def render(config: Config, origins: Mapping[str, str], problems: list[str], widt
     for problem in problems:
         lines += ["", *textwrap.wrap(f"not in the values above: {problem}", width)]
     return "\n".join(lines) + "\n"
+
+
+def render_methods(width: int | None = None) -> str:
+    """The text of --help-methods: every loss with its paper, formula, use and settings, from the table alone."""
+    width = width or max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    text = (
+        "Losses of --method. They add up, as in --method kd+dist, each with the weights among its settings; the "
+        "cross-entropy then stands in the loss once, with the smallest weight that one of them leaves it. Settings are "
+        "given by --method-arg NAME=VALUE, or METHOD.NAME=VALUE where several have that name; in a --config file by "
+        "a mapping `method_args: {NAME: VALUE}`."
+    )
+    lines = textwrap.wrap(text, width)
+    for name, row in METHODS.items():
+        if row.planned:
+            continue
+        lines += ["", name]
+        facts = {"paper": row.paper, "loss": row.formula, "when": row.when}
+        if row.hard_labels:
+            facts["not with"] = "--mixup, --cutmix: it asks for the one class of a sample"
+        if row.features:
+            facts["not with"] = "several teachers: it looks at features"
+        for head, fact in facts.items():
+            lines += _entry(head, fact, width) if fact else []
+        for setting, rule in row.settings.items():
+            lines += _entry(
+                f"{setting} {_kind(rule)}", f"{rule.text} [{_setting_facts(setting, rule, row.short)}]", width
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _kind(rule: Setting) -> str:
+    return "true|false" if isinstance(rule.default, bool) else METAVARS[type(rule.default)]
+
+
+def _setting_facts(name: str, rule: Setting, short: tuple[str, ...]) -> str:
+    default = str(rule.default).lower() if isinstance(rule.default, bool) else _plain(rule.default)
+    facts = [rule.limits()] * bool(rule.limits()) + [f"default: {default}"]
+    return "; ".join([*facts, f"also {flag(name)}"] if name in short else facts)
 
 
 def _flag(name: str) -> str:

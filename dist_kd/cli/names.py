@@ -14,6 +14,8 @@ FIELDS = Config.model_fields
 # switches that stand for a method: name -> method when given, method when given as --no-NAME (None: no such form)
 SWITCHES: dict[str, tuple[str, str | None]] = {"kd": ("kd", "ce"), "overhaul": ("overhaul", None)}
 
+SEVERAL = ("teacher_arch", "teacher_weights")  # settings that take more than one word; joined by commas in Config
+
 
 class Given(NamedTuple):
     """One setting as somebody wrote it, not yet converted."""

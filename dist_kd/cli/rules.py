@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from dist_kd.cli.names import Given, choices, is_optional, is_switch, kinds, nearest, shown, takes_none
 from dist_kd.config import Config
 from dist_kd.errors import ConfigError
-from dist_kd.methods import METHODS
+from dist_kd.methods import METHODS, fields_of, needs_teacher, owners, split
 
 # pydantic's name of an error -> our words; {gt} and the like are the limits it reports
 WORDS = {
@@ -64,14 +65,25 @@ def _augment(text: str, origin: str) -> str:
         raise ConfigError(f"{error} ({origin})") from None
 
 
-def _method(name: str, origin: str) -> str:
-    row = METHODS.get(name)
-    if row is None or row.planned:
-        usable = [other for other in METHODS if not METHODS[other].planned]
-        near = nearest(name, usable)
-        rule = row.planned if row else "there is no such method" + (f"; did you mean {near}?" if near else "")
-        raise ConfigError(f"{rule}, got {shown(name)} ({origin}); choose from {', '.join(usable)}")
-    return name
+def _networks(names: str, origin: str) -> str:
+    return ",".join(_network(name.strip(), origin) for name in names.split(","))
+
+
+def _method(text: str, origin: str) -> str:
+    """`kd+dist`, its methods in the order of the table: one loss is one run."""
+    names = [name.strip() for name in split(text)]
+    usable = [other for other in METHODS if not METHODS[other].planned]
+    for name in names:
+        row = METHODS.get(name)
+        if row is None or row.planned:
+            near = nearest(name, usable)
+            rule = row.planned if row else "there is no such method" + (f"; did you mean {near}?" if near else "")
+            raise ConfigError(f"{rule}, got {shown(text)} ({origin}); choose from {', '.join(usable)}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"must name a method once, got {shown(text)} ({origin})")
+    if "ce" in names and len(names) > 1:
+        raise ConfigError(f"must not add ce: the cross-entropy stands in each loss, got {shown(text)} ({origin})")
+    return "+".join(name for name in METHODS if name in names)
 
 
 def _data(where: str, origin: str) -> str:
@@ -88,7 +100,7 @@ NAMES: dict[str, Callable[[str, str], str]] = {
     "data": _data,
     "val_data": _data,
     "arch": _network,
-    "teacher_arch": _network,
+    "teacher_arch": _networks,
     "augment": _augment,
     "method": _method,
 }
@@ -111,10 +123,12 @@ def clashes(config: Config, by: Mapping[str, Given], bad: Container[str]) -> Ite
             yield first, why.format(**dict(config))
 
 
-def _method_remedy(config: Config, by: Mapping[str, Given]) -> str:
+def _method_remedy(config: Config, by: Mapping[str, Given], field: str = "") -> str:
     giver = by.get("method")
     origin = giver.origin if giver else "default"
     remedy = "leave out one of the two" if origin.startswith("flag ") else "add --kd"
+    if own := owners(config.method, field):
+        remedy = f"its own is --method-arg {own[0]}.{field}=VALUE"
     return f"with the method `{config.method}` ({origin}); {remedy}"
 
 
@@ -135,12 +149,12 @@ def _is_remote(where: str | None) -> bool:
     return where is not None and importlib.import_module("dist_kd.data.remote_urls").is_remote(where)
 
 
-NO_TEACHER = Idle("method", lambda c: not METHODS[c.method].needs_teacher, _method_remedy)
+NO_TEACHER = Idle("method", lambda c: not needs_teacher(c.method), _method_remedy)
 
 IDLE: dict[str, Idle] = {
-    field: Idle("method", lambda c, field=field: field not in METHODS[c.method].settings, _method_remedy)
-    for row in METHODS.values()
-    for field in row.settings
+    field: Idle("method", lambda c, field=field: field not in fields_of(c.method), partial(_method_remedy, field=field))
+    for method in METHODS
+    for field in fields_of(method)
 } | {
     "teacher_arch": NO_TEACHER,
     "teacher_weights": NO_TEACHER,
@@ -159,8 +173,40 @@ IDLE: dict[str, Idle] = {
     ),
 }
 
+
+def _numbers(c: Config) -> tuple[int, int]:
+    """How many teachers, and how many weights for them."""
+    count = len(c.teacher_arch.split(","))
+    return count, len(c.teacher_weights.split(",")) if count > 1 else 1
+
+
 # (settings concerned, when they clash, why and what to do)
 IMPOSSIBLE: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
+    *(
+        (
+            ("mixup", "cutmix", "method"),
+            lambda c, name=name: bool(c.mixup or c.cutmix) and name in split(c.method),
+            f"`{name}` asks for the one class of a sample, and --mixup and --cutmix give it two; leave them out, or "
+            "take a method that looks at no class, such as kd or dist",
+        )
+        for name, row in METHODS.items()
+        if row.hard_labels
+    ),
+    *(
+        (
+            ("teacher_arch", "method"),
+            lambda c, name=name: "," in c.teacher_arch and name in split(c.method),
+            f"`{name}` looks at a teacher's features, and several teachers have only their mean softmax in common; "
+            "give one teacher, or take methods without features (--help-methods)",
+        )
+        for name, row in METHODS.items()
+        if row.features
+    ),
+    (
+        ("teacher_weights", "teacher_arch"),
+        lambda c: needs_teacher(c.method) and _numbers(c)[1] not in (1, _numbers(c)[0]),
+        "--teacher-weights `{teacher_weights}` must be one for all, or one for each of --teacher-arch `{teacher_arch}`",
+    ),
     (
         ("warmup_epochs", "epochs"),
         lambda c: c.max_steps is None and 0 < c.epochs <= c.warmup_epochs,

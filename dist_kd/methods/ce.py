@@ -1,17 +1,32 @@
-"""Cross-entropy with the labels: what a student learns without a teacher. Knows no data, device or Accelerate."""
+"""Cross-entropy with the labels, and what every loss is computed with. Knows no data, device or Accelerate."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from dist_kd.contracts import Batch, LossTerms, ModelOutput
+from dist_kd.contracts import Batch
 
 
-def full_precision(logits: Tensor) -> Tensor:
-    """The logits in float32, or as they are in float64: a softmax in half precision loses the tails."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def full_precision(values: Tensor) -> Tensor:
+    """The values in float32, or as they are in float64: a softmax in half precision loses the tails."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` outside autocast, its first two arguments (student's and teacher's) in float32 or wider."""
+
+    @functools.wraps(function)
+    def computed(student: Tensor, teacher: Tensor, *more: Any, **named: Any) -> Any:
+        with torch.autocast(student.device.type, enabled=False):
+            return function(full_precision(student), full_precision(teacher), *more, **named)
+
+    return computed
 
 
 def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -23,22 +38,3 @@ def cross_entropy(logits: Tensor, batch: Batch, label_smoothing: float = 0.0) ->
 def weighted_mean(per_sample: Tensor, batch: Batch) -> Tensor:
     """sum(weight x loss) / rows: the divisor counts every row, so that no rank waits for a count of good ones."""
     return (per_sample * batch.weights).sum() / batch.weights.shape[0]
-
-
-class Loss(nn.Module):
-    """loss = CE(labels, student), mean over the batch."""
-
-    needs_teacher = False
-    wants: frozenset[str] = frozenset()
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.formula = "loss = CE(labels, student)" + (
-            f", labels smoothed by {label_smoothing:g}" if label_smoothing else ""
-        )
-
-    def forward(self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch) -> LossTerms:
-        with torch.autocast(student.logits.device.type, enabled=False):
-            total = weighted_mean(cross_entropy(student.logits, batch, self.label_smoothing), batch)
-        return LossTerms(total, {"loss_ce": total.detach()}, student.logits.detach())

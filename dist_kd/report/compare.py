@@ -26,8 +26,8 @@ T95 = (
 
 NO_RESULT = {name for name, f in Config.model_fields.items() if not f.json_schema_extra["result"]}
 # what only a method with a teacher looks at: no difference between a distilled run and its plain twin
-OF_TEACHERS = {"method", "teacher_arch", "teacher_weights", *(s for row in METHODS.values() for s in row.settings)}
-OF_TEACHERS -= set(METHODS["ce"].settings)
+OF_TEACHERS = {"method", "method_args", "teacher_arch", "teacher_weights"}
+OF_TEACHERS |= {field for row in METHODS.values() for field in row.short}
 
 
 def t95(degrees: float) -> float:

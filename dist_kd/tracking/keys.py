@@ -16,6 +16,17 @@ KEYS: dict[str, Key] = {
     "train/loss": Key("nats", "The whole loss, as the printed formula states it", "down"),
     "train/loss_ce": Key("nats", "Cross-entropy with the labels, before its weight", "down"),
     "train/loss_kd": Key("nats", "KL from softened teacher to softened student times T^2, before its weight", "down"),
+    "train/loss_tckd": Key("nats", "dkd: KL over right class or not, times T^2, before its weight", "down"),
+    "train/loss_nckd": Key("nats", "dkd: KL over the wrong classes, times T^2, before its weight", "down"),
+    "train/loss_inter": Key(
+        "", "dist: 1 - correlation over the classes of a row, times T^2, before its weight", "down"
+    ),
+    "train/loss_intra": Key(
+        "", "dist: 1 - correlation of a class over the batch, times T^2, before its weight", "down"
+    ),
+    "train/loss_wttm": Key("nats", "wttm: KL from the transformed teacher, weighted by row, before its weight", "down"),
+    "train/loss_hard": Key("nats", "hard: cross-entropy with the teacher's first guess, before its weight", "down"),
+    "train/loss_soft_ce": Key("nats", "soft_ce: cross-entropy with the teacher times T^2, before its weight", "down"),
     "train/top1": Key("%", "Training views whose hard label is the student's first guess", "up"),
     "train/top5": Key("%", "Training views whose hard label is among the student's five first guesses", "up"),
     "train/lr": Key("", "Learning rate of the last step"),

@@ -18,7 +18,7 @@ from dist_kd.runtime import start_runtime
 from dist_kd.sets import make_evaluator, open_split
 from dist_kd.teacher import Teacher
 from dist_kd.train import main as train
-from dist_kd.wiring import build_student, build_teacher, teacher_warning
+from dist_kd.wiring import build_student, build_teachers, teacher_warning
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ["--arch", "cnn_small", "--image-size", "8", "--batch-size", "32", "--workers", "0", "--cpu"]
@@ -162,7 +162,7 @@ def test_the_real_teacher_before_step_one(real_data, tmp_path):
     runtime = start_runtime(config)
     index = open_split(str(tmp_path / "shards"), "train")
     student = build_student(config, index.spec.num_classes)
-    network = build_teacher(config, index.spec.num_classes)
+    (network,) = build_teachers(config, index.spec.num_classes)
     teacher = Teacher(network, student.spec, image_size=student.spec.image_size)
     scores = make_evaluator(config, runtime, index, student.spec).score(teacher)
     assert (scores.samples, scores.top1_hits, scores.top5_hits) == (100, 91, 99)
