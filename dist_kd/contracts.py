@@ -142,6 +142,8 @@ class Method(Protocol):
     formula: str  # the loss in force, one line, with its numbers
     coupled: tuple[str, ...]  # methods in it that look across the rows of the micro-batches that run together
     warnings: tuple[str, ...]  # what the numbers chosen are known to do, a line each
+    notes: tuple[str, ...]  # what they cost, a line each
+    teacher_batch_norm: bool  # whether the teacher's batch norms work over the batch while it teaches
 
     def __call__(self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch) -> LossTerms: ...
 

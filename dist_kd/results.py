@@ -38,6 +38,8 @@ def header(
         for note in teacher.notes:
             yield f"         {note}"
     yield f"loss     {run.method.formula}"
+    for note in run.method.notes:
+        yield f"         {note}"
     for warning in run.method.warnings:
         yield f"WARNING: {warning}"
     yield (

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_kd.contracts import ModelOutput, NetworkSpec
 from dist_kd.methods.ensemble import MEMBERS, mean_logits
@@ -115,6 +116,13 @@ class Teacher:
         precision = "fp32" if self.precision == "no" else self.precision
         self.notes.append(f"{precision}, {folded}: logits within {self.distance:.2g} of the plain network's")
         return fast
+
+    def use_batch_statistics(self) -> None:
+        """From now on its batch norms normalize by the batch they see; their running statistics stay as they are."""
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+                module.momentum = 0.0
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> ModelOutput:

@@ -253,6 +253,8 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             if run.state.step == 0:
                 run.state.val_bad = scores.data.bad
                 run.tracker.log(values | {"teacher/classes": float(teacher.spec.num_classes)}, 0, kind="teacher")
+    if method.teacher_batch_norm:
+        teacher.use_batch_statistics()  # after it was scored as it is used elsewhere
     scored = (teacher.spec, scores) if scores is not None else None
     return run, {"teacher": scored, "teacher_parameters": teacher_parameters, "train": train}
 

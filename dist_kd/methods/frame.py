@@ -58,6 +58,8 @@ class Term(nn.Module):
         self.student_taps: frozenset[str] = frozenset()
         self.teacher_taps: frozenset[str] = frozenset()
         self.warnings: list[str] = []  # lines for the header
+        self.notes: list[str] = []  # the same, of what is as it should be
+        self.teacher_batch_norm = False  # whether the teacher's batch norms work over the batch while it teaches
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -79,6 +81,8 @@ class Loss(nn.Module):
         self.teacher_taps = frozenset().union(*(term.teacher_taps for term in terms.values()))
         self.coupled = tuple(name for name, term in terms.items() if term.coupled)
         self.warnings = tuple(line for term in terms.values() for line in term.warnings)
+        self.notes = tuple(line for term in terms.values() for line in term.notes)
+        self.teacher_batch_norm = any(term.teacher_batch_norm for term in terms.values())
         self._batch_size, self._train_samples = pair.batch_size, max(1, pair.train_samples)
         if any(term.warmup for term in terms.values()):
             # rows trained on so far, of all processes: the only thing here that grows, saved with the checkpoint
