@@ -20,9 +20,9 @@ def out(logits, **features):
     return ModelOutput(logits, features)
 
 
-def run(name, student=S, teacher=T, b=None, **settings):
+def run(name, student=S, teacher=T, rows=None, **settings):
     """LossTerms of the method `name`; settings of several methods as {"dkd.b": 2}."""
-    return build_method(name, **settings)(out(student), out(teacher), b or batch())
+    return build_method(name, **settings)(out(student), out(teacher), rows or batch())
 
 
 def large(rows=64, classes=10, dtype=torch.float64):

@@ -123,15 +123,15 @@ def test_temperature_and_weight_change_the_loss():
 def test_weights_silence_rows_but_the_divisor_counts_them():
     b = batch(weights=torch.tensor([1.0, 0.0, 1.0]).double())
     per_sample = cross_entropy(S, b)
-    assert run("ce", b=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item(), abs=1e-12)
+    assert run("ce", rows=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item(), abs=1e-12)
     per_sample = kd_loss(S, T, 4)
-    assert run("kd", T=4, w=1, b=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item())
+    assert run("kd", T=4, w=1, rows=b).total.item() == pytest.approx(((per_sample[0] + per_sample[2]) / 3).item())
 
 
 def test_soft_labels_and_smoothing_by_hand():
     soft = torch.tensor([[0.25, 0.75, 0, 0], [0, 0, 1, 0], [0.5, 0, 0, 0.5]], dtype=torch.float64)
     expected = -(soft * S.log_softmax(1)).sum(1).mean().item()
-    assert run("ce", b=batch(soft=soft)).total.item() == pytest.approx(expected, abs=1e-12)
+    assert run("ce", rows=batch(soft=soft)).total.item() == pytest.approx(expected, abs=1e-12)
     hard = torch.nn.functional.one_hot(Y, 4).double() * 0.9 + 0.1 / 4
     expected = -(hard * S.log_softmax(1)).sum(1).mean().item()
     assert run("ce", label_smoothing=0.1).total.item() == pytest.approx(expected, abs=1e-12)
