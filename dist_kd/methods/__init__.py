@@ -102,7 +102,85 @@ METHODS: dict[str, Row] = {
         parts=("loss_soft_ce",),
         labels=False,
     ),
-    "overhaul": Row("", planned="the overhaul method (pre-ReLU features) is not built yet"),
+    "fitnet": Row(
+        "fitnet",
+        paper="Romero et al. 2014 (FitNets), arXiv 1412.6550",
+        formula="ce * CE + weight * MSE(regressor(student_tap), teacher_tap)",
+        when="Beside a logit method (kd+fitnet), where the student's middle is what is weak: thin and deep students.",
+        settings={
+            "weight": Setting(100.0, "Weight of the term; published: 100.", ge=0),
+            "student_tap": Setting("", "Map of the student, a role or path; empty: the partner, or the middle stage."),
+            "teacher_tap": Setting("", "Map of the teacher, the hint; empty: the partner, or the middle stage."),
+            "ce": _CE,
+        },
+        parts=("loss_fitnet",),
+        features=True,
+    ),
+    "attention": Row(
+        "attention",
+        paper="Zagoruyko, Komodakis 2016, arXiv 1612.03928",
+        formula="ce * CE + weight * sum over stages of MSE(attention map of student, of teacher)",
+        when="Beside a logit method (kd+attention): where to look, for students of any width, without parameters.",
+        settings={"weight": Setting(1000.0, "Weight of the term; published: 1000.", ge=0), "ce": _CE},
+        parts=("loss_attention",),
+        features=True,
+    ),
+    "rkd": Row(
+        "rkd",
+        paper="Park et al. 2019, arXiv 1904.05068",
+        formula="ce * CE + distance * L(distances) + angle * L(angles), smooth L1 over pairs and triples of rows",
+        when="Embeddings and retrieval, or networks whose features have nothing else in common; batches of 32 to 256.",
+        settings={
+            "distance": Setting(25.0, "Weight of the distances between two rows.", ge=0),
+            "angle": Setting(50.0, "Weight of the angles between three rows.", ge=0),
+            "ce": _CE,
+        },
+        parts=("loss_rkd_distance", "loss_rkd_angle"),
+        features=True,
+    ),
+    "crd": Row(
+        "crd",
+        paper="Tian et al. 2019, arXiv 1910.10699",
+        formula="ce * CE + weight * NCE of both embeddings (negatives, temperature; memories of momentum)",
+        when="Networks of different kinds and many epochs: its memories need several visits of each sample.",
+        settings={
+            "weight": Setting(0.8, "Weight of the term; published: 0.8.", ge=0),
+            "negatives": Setting(16384, "Other samples that each row is held against; at most all of the set.", ge=1),
+            "temperature": Setting(0.07, "Temperature of the inner products.", gt=0, le=10),
+            "momentum": Setting(0.5, "Share of the old embedding when a memory takes in a new one.", ge=0, lt=1),
+            "ce": _CE,
+        },
+        parts=("loss_crd",),
+        features=True,
+    ),
+    "overhaul": Row(
+        "overhaul",
+        paper="Heo et al. 2019, arXiv 1904.01866",
+        formula="ce * CE + weight * sum over stages of partial L2(connector(student), max(teacher, margin)) / 2^k",
+        when="Convolutional teacher with batch norm and enough epochs: among the strongest of the feature methods.",
+        settings={
+            "weight": Setting(1e-3, "Weight of the sum over pixels; published: 0.001, on 1,000 classes 0.0001.", ge=0),
+            "teacher_batch_norm": Setting(
+                False, "Teacher's batch norms by the batch, as published; their running statistics stay."
+            ),
+            "ce": _CE,
+        },
+        parts=("loss_overhaul",),
+        features=True,
+    ),
+    "reviewkd": Row(
+        "reviewkd",
+        paper="Chen et al. 2021, arXiv 2104.09044",
+        formula="ce * CE + weight * sum over stages of the context loss of the reviewed student",
+        when="The strongest of the feature methods where its fusions can be afforded: they cost a part of a student.",
+        settings={
+            "weight": Setting(1.0, "Weight of the term; published: 0.4 to 8 by pair of networks.", ge=0),
+            "warmup": Setting(1.0, "Epochs over which the term rises from 0; published: 20, on 1,000 classes 1.", ge=0),
+            "ce": _CE,
+        },
+        parts=("loss_reviewkd",),
+        features=True,
+    ),
 }
 
 
