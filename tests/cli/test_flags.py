@@ -100,7 +100,6 @@ def test_every_alias_reaches_its_field_and_no_other():
             "--method kdd",
             "--method: there is no such method; did you mean kd?, got `kdd` (flag --method); choose from ce, kd",
         ),
-        ("--overhaul", "--overhaul: the overhaul method (pre-ReLU features) is not built yet"),
     ],
 )
 def test_one_wrong_word_gives_one_clear_line(problem, line, text):
