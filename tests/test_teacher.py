@@ -8,7 +8,8 @@ from torch import nn
 
 from dist_kd import models
 from dist_kd.contracts import ModelOutput
-from dist_kd.teacher import Teacher
+from dist_kd.methods.ensemble import MEMBERS
+from dist_kd.teacher import Ensemble, SideBySide, Teacher
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -115,3 +116,27 @@ def test_frozen_and_nothing_is_saved_for_backward():
     assert not logits.requires_grad
     assert not any(p.requires_grad for p in teacher.network.parameters())
     assert not any(m.training for m in teacher.network.modules())
+
+
+def test_several_teachers_are_the_mean_of_their_softmax():
+    first, second = network(), network("resnet18")
+    pixels = torch.rand(4, 3, 32, 32)
+    student = spec_of(first, mean=(0.1, 0.9, 0.4), std=(0.7, 0.3, 0.5))  # each is given the pixels as it wants them
+    each = torch.stack([plain_logits(net, normalized(pixels, net.spec)) for net in (first, second)])
+    both = Ensemble([Teacher(net, student, image_size=32) for net in (first, second)])
+    given = both(normalized(pixels, student))
+    assert torch.allclose(given.features[MEMBERS], each, atol=1e-3)
+    assert torch.allclose(given.logits.softmax(1), each.softmax(2).mean(0), atol=1e-4)
+    assert not given.logits.requires_grad
+    assert both.spec.arch == f"{first.spec.arch}, {second.spec.arch}" and len(both.members) == 2
+    together = SideBySide([first, second], first.spec)
+    assert sum(p.numel() for p in together.parameters()) == sum(
+        p.numel() for net in (first, second) for p in net.parameters()
+    )
+    assert together(pixels).shape == (4, 10)
+
+
+def test_prepared_in_half_precision_the_mean_is_still_of_float32():
+    teachers = [Teacher(net, net.spec, image_size=32, precision="bf16") for net in (network(), network())]
+    given = Ensemble(teachers)(torch.randn(2, 3, 32, 32))
+    assert given.logits.dtype == given.features[MEMBERS].dtype == torch.float32

@@ -21,10 +21,10 @@ def test_preset(parsed, name):
     assert f"`{name}.yaml`" in (PRESETS / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [n for n in preset_names() if n.endswith("_kd")])
+@pytest.mark.parametrize("name", [n for n in preset_names() if n.endswith(("_kd", "imagenet_dist"))])
 def test_a_distilled_preset_differs_from_its_twin_in_the_teacher_only(parsed, name):
     distilled = parsed(f"--config {name} --data shards").config
-    plain = parsed(f"--config {name.removesuffix('kd')}ce --data shards").config
-    teacher = {"method", "T", "w", "teacher_arch", "teacher_weights"}
-    assert distilled.method == "kd" and plain.method == "ce"
+    plain = parsed(f"--config {name.rpartition('_')[0]}_ce --data shards").config
+    teacher = {"method", "method_args", "T", "w", "teacher_arch", "teacher_weights"}
+    assert distilled.method == name.rpartition("_")[2] and plain.method == "ce"
     assert distilled.model_dump(exclude=teacher) == plain.model_dump(exclude=teacher)
