@@ -18,7 +18,8 @@ class Toy(nn.Module):
     def __init__(self, *widths, side=8, name="toy"):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in zip((3, *widths), widths, strict=False))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)  # only asked for margins
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.norms.requires_grad_(False)  # they are only asked for margins: DDP would miss their gradients
         self.head = nn.Linear(widths[-1], 5)
         self.side = side
         self.spec = NetworkSpec(name, 5, (0.5,) * 3, (0.5,) * 3, side, 1.0, "bilinear")
