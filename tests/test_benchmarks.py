@@ -54,6 +54,14 @@ def test_gpu_kd(tmp_path):
     assert losses["ours"] == pytest.approx(losses["timm's"], rel=1e-4)  # both do the same work
 
 
+def test_methods(tmp_path):
+    out = run("methods.py", "--tiny", "--methods", "dist", "--json", str(tmp_path / "methods.json"))
+    assert "| method " in out and "step / ce" in out
+    found = json.loads((tmp_path / "methods.json").read_text())["methods"]
+    assert list(found) == ["ce", "kd", "dist"] and found["ce"]["beside_ce"]["median"] == 1
+    assert found["kd"]["buffers"] == 0 and len(found["dist"]["rounds_s"]) == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is looked up in /proc")
 def test_resume(tmp_path):
     out = run(
