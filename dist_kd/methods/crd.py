@@ -55,6 +55,13 @@ def draw_negatives(key: Tensor, step: Tensor, samples: Tensor, count: int, total
     return (samples[:, None] + 1 + (inside + words[:, :1] % others) % others) % total
 
 
+def products(rows: Tensor, bank: Tensor, chosen: Tensor) -> Tensor:
+    """Inner products of each row with its chosen rows of the bank: [B, D], [N, D], [B, 1 + K] -> [B, 1 + K]."""
+    if bank.shape[0] <= chosen.shape[1] * bank.shape[1]:  # [B, N] with all is smaller than copies [B, 1 + K, D]
+        return (rows @ bank.T).gather(1, chosen)
+    return torch.einsum("bd,bkd->bk", rows, bank[chosen])
+
+
 class Term(frame.Term):
     """ce * CE + weight * (critic's loss of the student's embeddings + of the teacher's)."""
 
@@ -83,7 +90,8 @@ class Term(frame.Term):
         self.register_buffer("log_means", torch.full((2,), math.nan))
         self.notes.append(
             f"crd keeps two memories of {total:,} x {WIDTH} numbers: {2 * total * WIDTH * 4 / 1e6:,.1f} MB on each "
-            "device and in each checkpoint, and as much again during a step"
+            "device and in each checkpoint; during a step as much again, and about "
+            f"{8 * min(total, (count + 1) * WIDTH) / 1e6:,.1f} MB for each row of a micro-batch"
         )
 
     def forward(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> dict[str, Tensor]:
@@ -92,9 +100,8 @@ class Term(frame.Term):
         step = self.rows_seen // self.batch_size
         negatives = draw_negatives(self.key, step, batch.samples, self.count, self.total)
         chosen = torch.cat([batch.samples[:, None], negatives], dim=1)
-        # against all and then picked: [B, N] is far smaller than [B, K, WIDTH] copied rows
         logits = [
-            (rows @ bank.T).gather(1, chosen) / self.sharpness
+            products(rows, bank, chosen) / self.sharpness
             for rows, bank in ((ours, self.bank_teacher), (theirs, self.bank_student))
         ]
         means = self._means([each.detach() for each in logits], batch.weights)

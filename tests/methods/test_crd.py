@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dist_kd.errors import ConfigError
 from dist_kd.methods import build_method
-from dist_kd.methods.crd import critic_loss, draw_negatives
+from dist_kd.methods.crd import critic_loss, draw_negatives, products
 from dist_kd.methods.frame import Pair
 
 
@@ -86,6 +86,16 @@ def test_every_other_sample_is_equally_likely():
     assert ((counts - 9000).abs() < 5 * 9000**0.5).all(), counts
 
 
+@pytest.mark.parametrize("samples", [10, 1000])  # all products and a choice, or copies of the chosen
+def test_products_by_hand(samples):
+    generator = torch.Generator().manual_seed(0)
+    rows_, bank = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (3, samples))
+    chosen = torch.tensor([[0, 9, 1], [5, 5, 2], [9, 0, 3]])
+    expected = [[float(row @ bank[k]) for k in ks] for row, ks in zip(rows_, chosen.tolist(), strict=True)]
+    assert torch.allclose(products(rows_, bank, chosen), torch.tensor(expected).double())
+    assert torch.autograd.gradcheck(lambda x: products(x, bank, chosen), (rows_.requires_grad_(),))
+
+
 def built(**settings):
     student, teacher = networks()
     return student, teacher, loss_of("crd", student, teacher, **settings)
@@ -148,7 +158,11 @@ def test_as_many_negatives_as_there_are_and_what_that_costs():
     assert loss.terms["crd"].count == SAMPLES - 1 and f"{SAMPLES - 1} negatives" in loss.formula
     assert "two memories of 40 x 128 numbers: 0.0 MB" in loss.notes[0]
     big = build_method("crd", Pair(student, teacher, train_samples=50_000, batch_size=8))
-    assert "50,000 x 128 numbers: 51.2 MB" in big.notes[0] and loss.coupled == ("crd",)
+    assert (
+        "50,000 x 128 numbers: 51.2 MB" in big.notes[0]
+        and "0.4 MB for each row" in big.notes[0]
+        and loss.coupled == ("crd",)
+    )
     state = loss.state_dict()
     assert {f"terms.crd.{n}" for n in ("bank_student", "bank_teacher", "log_means", "key", "rows_seen")} < set(state)
     with pytest.raises(ConfigError, match="the training set has `1`"):
