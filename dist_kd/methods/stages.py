@@ -46,7 +46,7 @@ def _shapes(network: Tapped, kind: str, method: str, flag: str) -> dict[str, tup
         what = "maps by stage" if kind == "stage" else "maps before the activations that end its stages"
         raise ConfigError(
             f"--method `{method}` compares {what}, and `{network.spec.arch}` ({flag}) has none that can be tapped; "
-            "use a convolutional network, or a method that looks at logits, such as kd or dist"
+            "use another network, or a method that looks at logits, such as kd or dist"
         )
     return network.shapes(roles)
 

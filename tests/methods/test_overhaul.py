@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from methods.feature_nets import loss_of, networks, rows
+from methods.feature_nets import loss_of, networks, pair_of, rows
 from scipy import integrate, stats
 
 from dist_kd.errors import ConfigError
+from dist_kd.methods import build_method
 from dist_kd.methods.overhaul import margins, partial_l2
 
 
@@ -130,3 +131,35 @@ def test_teacher_batch_norm():
     assert plain.mean() != by_batch.mean()
     after = norms()
     assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+FAMILIES = [  # student, teacher, pairs before ReLU
+    ("resnet8x4_cifar", "resnet20_cifar", "11 22 33"),
+    ("vgg8_cifar", "wrn_16_2_cifar", "11 22 33"),
+    ("cnn_small", "resnext29_2x64d_cifar", "12 23"),
+    ("cnn_small", "densenet40_cifar", "12 23"),
+    ("mobilenet_v2_cifar", "cnn_medium", "21 32 43"),
+    ("cnn_small", "mobilenet_v2_cifar", "12 23 34"),
+    ("efficientnet_b0_cifar", "cnn_medium", "21 32 43"),
+    ("cnn_small", "efficientnet_b0_cifar", "12 23 34"),
+]
+
+
+@pytest.mark.parametrize(("student_name", "teacher_name", "pairs"), FAMILIES)
+def test_families_of_networks(student_name, teacher_name, pairs):
+    """Every adapter and every weight of the student gets a gradient, so that DDP waits for none in vain."""
+    from dist_kd import models
+
+    torch.manual_seed(0)
+    student, teacher = (models.build(n, 5, "none", role="student") for n in (student_name, teacher_name))
+    loss = build_method("overhaul+reviewkd", pair_of(student, teacher))
+    student.want(loss.student_taps)
+    teacher.want(loss.teacher_taps)
+    found = [(one.student, one.teacher) for one in loss.terms["overhaul"].pairs]
+    assert found == [(f"pre_relu{a}", f"pre_relu{b}") for a, b in pairs.split()]
+    b = rows(2)._replace(images=torch.randn(2, 3, 32, 32))
+    with torch.no_grad():
+        theirs = teacher(b.images)
+    loss(student(b.images), theirs, b).total.backward()
+    for name, parameter in [*student.named_parameters(), *loss.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
