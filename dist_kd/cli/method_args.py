@@ -45,7 +45,7 @@ def understand(method: str, args: Iterable[Arg]) -> tuple[dict[str, Understood],
     """
     found: dict[str, Understood] = {}
     problems = []
-    for arg in sorted(args, key=lambda arg: arg.layer):
+    for arg in args:  # in the order of their layers: a later one replaces what stands
         key = name = problem = None
         having = owners(method, arg.name)
         if len(having) == 1:

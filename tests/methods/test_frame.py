@@ -103,6 +103,27 @@ def test_half_precision_is_only_of_the_logits(method):
     assert all(torch.equal(lowered.parts[part], plain.parts[part]) for part in plain.parts)
 
 
+def test_pure_functions_compute_in_float32_wherever_they_are_called():
+    from dist_kd.methods import dist, dkd, hard, kd, soft_ce, wttm
+
+    s, t, y = large(8, 6, torch.float32)
+    s, t, ones = s.bfloat16(), t.bfloat16(), torch.ones(8)
+    calls = [
+        lambda s, t: kd.kd_loss(s, t, 4.0),
+        lambda s, t: sum(dkd.dkd_loss(s, t, y, 4.0)),
+        lambda s, t: dist.inter_loss(s, t, 4.0),
+        lambda s, t: dist.intra_loss(s, t, ones, 4.0),
+        lambda s, t: wttm.wttm_loss(s, t, 0.1),
+        lambda s, t: hard.hard_loss(s, t),
+        lambda s, t: soft_ce.soft_ce_loss(s, t),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            lowered = call(s, t)
+        assert lowered.dtype == torch.float32
+        assert torch.equal(lowered, call(s.float(), t.float()))
+
+
 @pytest.mark.parametrize("method", ["dkd", "dist", "wttm", "hard", "soft_ce", "kd+dist+wttm"])
 def test_one_cross_entropy_and_each_part_with_its_weight(method):
     loss = build_method(method, **still(method))
