@@ -157,7 +157,7 @@ METHODS: dict[str, Row] = {
         "overhaul",
         paper="Heo et al. 2019, arXiv 1904.01866",
         formula="ce * CE + weight * sum over stages of partial L2(connector(student), max(teacher, margin)) / 2^k",
-        when="Convolutional teacher with batch norm and enough epochs: among the strongest of the feature methods.",
+        when="Convolutional teacher with batch norm, and many epochs; published ahead of fitnet and attention.",
         settings={
             "weight": Setting(1e-3, "Weight of the sum over pixels; published: 0.001, on 1,000 classes 0.0001.", ge=0),
             "teacher_batch_norm": Setting(
@@ -172,7 +172,7 @@ METHODS: dict[str, Row] = {
         "reviewkd",
         paper="Chen et al. 2021, arXiv 2104.09044",
         formula="ce * CE + weight * sum over stages of the context loss of the reviewed student",
-        when="The strongest of the feature methods where its fusions can be afforded: they cost a part of a student.",
+        when="Published ahead of the other feature methods, where its fusions can be afforded: they cost about a student.",
         settings={
             "weight": Setting(1.0, "Weight of the term; published: 0.4 to 8 by pair of networks.", ge=0),
             "warmup": Setting(1.0, "Epochs over which the term rises from 0; published: 20, on 1,000 classes 1.", ge=0),
