@@ -172,7 +172,7 @@ METHODS: dict[str, Row] = {
         "reviewkd",
         paper="Chen et al. 2021, arXiv 2104.09044",
         formula="ce * CE + weight * sum over stages of the context loss of the reviewed student",
-        when="Published ahead of the other feature methods, where its fusions can be afforded: they cost about a student.",
+        when="Published ahead of the other feature methods, where its fusions, which cost about a student, fit.",
         settings={
             "weight": Setting(1.0, "Weight of the term; published: 0.4 to 8 by pair of networks.", ge=0),
             "warmup": Setting(1.0, "Epochs over which the term rises from 0; published: 20, on 1,000 classes 1.", ge=0),
