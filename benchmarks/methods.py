@@ -73,7 +73,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet20_cifar")
     parser.add_argument("--teacher-arch", default="resnet56_cifar")
-    parser.add_argument("--methods", nargs="+", default=[name for name, row in METHODS.items() if not row.planned])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--mixed-precision", default="no")

@@ -60,8 +60,6 @@ def render_methods(width: int | None = None) -> str:
     )
     lines = textwrap.wrap(text, width)
     for name, row in METHODS.items():
-        if row.planned:
-            continue
         lines += ["", name]
         facts = {"paper": row.paper, "loss": row.formula, "when": row.when}
         if row.hard_labels:

@@ -72,13 +72,11 @@ def _networks(names: str, origin: str) -> str:
 def _method(text: str, origin: str) -> str:
     """`kd+dist`, its methods in the order of the table: one loss is one run."""
     names = [name.strip() for name in split(text)]
-    usable = [other for other in METHODS if not METHODS[other].planned]
     for name in names:
-        row = METHODS.get(name)
-        if row is None or row.planned:
-            near = nearest(name, usable)
-            rule = row.planned if row else "there is no such method" + (f"; did you mean {near}?" if near else "")
-            raise ConfigError(f"{rule}, got {shown(text)} ({origin}); choose from {', '.join(usable)}")
+        if name not in METHODS:
+            near = nearest(name, METHODS)
+            rule = "there is no such method" + (f"; did you mean {near}?" if near else "")
+            raise ConfigError(f"{rule}, got {shown(text)} ({origin}); choose from {', '.join(METHODS)}")
     if len(set(names)) < len(names):
         raise ConfigError(f"must name a method once, got {shown(text)} ({origin})")
     if "ce" in names and len(names) > 1:

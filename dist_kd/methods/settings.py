@@ -72,4 +72,3 @@ class Row(NamedTuple):
     labels: bool = True  # False: it looks at no label, so that there is no cross-entropy in the loss
     hard_labels: bool = False  # it needs one class per sample: no mixup, no cutmix
     features: bool = False  # it looks at taps: several teachers are refused
-    planned: str = ""  # why it is not there yet

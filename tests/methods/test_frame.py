@@ -14,7 +14,7 @@ from dist_kd.methods import METHODS, build_chosen, build_method, fields_of, need
 from dist_kd.methods.frame import Loss, Pair, Term
 from dist_kd.tracking.keys import KEYS
 
-NAMES = [name for name, row in METHODS.items() if not row.planned]
+NAMES = list(METHODS)
 LOGITS = [name for name in NAMES if not METHODS[name].features]  # what needs no network around it
 SUMS = [*LOGITS, "kd+dkd+dist+wttm+hard", "kd+soft_ce"]
 STILL = {"dkd": {"warmup": 0.0}}  # at full strength from the first step

@@ -12,7 +12,7 @@ PAGE = (Path(__file__).parents[2] / "docs/methods.md").read_text()
 LINES = [line for line in re.findall(r"`([^`\n]*)`", PAGE) if line.startswith("--kd ")]
 
 
-@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if not row.planned])
+@pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_stands_in_the_table(name):
     (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
     row = METHODS[name]
