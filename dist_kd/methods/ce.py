@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +19,18 @@ def full_precision(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def outside_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast switched off where it is on; the switch itself costs a small step as much as an operation."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` outside autocast, its first two arguments (student's and teacher's) in float32 or wider."""
 
     @functools.wraps(function)
     def computed(student: Tensor, teacher: Tensor, *more: Any, **named: Any) -> Any:
-        with torch.autocast(student.device.type, enabled=False):
+        with outside_autocast(student.device):
             return function(full_precision(student), full_precision(teacher), *more, **named)
 
     return computed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_kd.contracts import Batch, LossTerms, ModelOutput, NetworkSpec
-from dist_kd.methods.ce import cross_entropy, full_precision, weighted_mean
+from dist_kd.methods.ce import cross_entropy, full_precision, outside_autocast, weighted_mean
 from dist_kd.methods.ensemble import at_temperature
 from dist_kd.methods.ranks import world_size
 
@@ -99,7 +99,7 @@ class Loss(nn.Module):
         return text + (f", teacher = mean softmax of {pair.teachers} teachers at T" if pair.teachers > 1 else "")
 
     def forward(self, student: ModelOutput, teacher: ModelOutput | None, batch: Batch) -> LossTerms:
-        with torch.autocast(student.logits.device.type, enabled=False):
+        with outside_autocast(student.logits.device):
             student = _widened(student)
             teacher = None if teacher is None else _widened(teacher)
             parts: dict[str, Tensor] = {}

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from data import node_cache, tars
+from data.bad_server import BadServer
 from PIL import Image
 
 from dist_kd.contracts import World
 from dist_kd.data.loader import EvalLoader, TrainLoader
 from dist_kd.data.order import Order, choose_layout
+from dist_kd.data.shard_cache import ShardCache
 from dist_kd.data.survey import build_index
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -115,3 +118,28 @@ def evaluate(request):
         return loader
 
     return make
+
+
+@pytest.fixture
+def of_bytes(tmp_path):
+    """of_bytes(...) -> the scan of a shard made of these bytes."""
+
+    def scanned(*parts, classes=None):
+        path = tmp_path / "a.tar"
+        path.write_bytes(b"".join(parts))
+        return tars.scan(path, classes)
+
+    return scanned
+
+
+@pytest.fixture
+def server():
+    """A server of one shard, well until told otherwise."""
+    with BadServer({"a.tar": node_cache.SHARD}) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path) -> ShardCache:
+    """An empty cache with room for ten such shards and little patience."""
+    return ShardCache(tmp_path / "cache", 10 * node_cache.SIZE, 20.0, node_cache.QUICK)

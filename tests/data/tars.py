@@ -4,6 +4,15 @@ import io
 import tarfile
 from pathlib import Path
 
+from dist_kd.data.tar_scan import Scan, scan_shard
+
+PAX, GLOBAL, LONG_NAME, LONG_LINK = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
 
 def tar_of(path: Path, members: list[tuple[str, bytes]], **how) -> Path:
     with tarfile.open(path, "w", **how) as tar:
@@ -89,3 +98,8 @@ STRUCTURE = {
     "key again": (lambda d: d[: ended(d)] + d, r"second (label|image) for key `[^`]+`"),
     "a link": (lambda d: d[: ended(d)] + block_of("b.jpg", kind=tarfile.SYMTYPE) + END, r"holds `b.jpg` as a link"),
 }
+
+
+def scan(path: Path, num_classes: int | None = None) -> Scan:
+    with open(path, "rb") as file:
+        return scan_shard(file, str(path), path.name, num_classes)

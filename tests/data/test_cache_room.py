@@ -20,18 +20,6 @@ from data.node_cache import GOOD, QUICK, SHARD, SIZE, fetch, left, opener, withi
 from dist_kd.data.shard_cache import ShardCache
 from dist_kd.errors import DataError
 
-
-@pytest.fixture
-def server():
-    with BadServer({"a.tar": SHARD}) as server:
-        yield server
-
-
-@pytest.fixture
-def cache(tmp_path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", 10 * SIZE, 20.0, QUICK)
-
-
 # --- several processes
 
 

@@ -13,20 +13,8 @@ from data.bad_server import BadServer, body, chunked, cut, stall, status, trickl
 from data.node_cache import GOOD, OTHER, QUICK, SHARD, SIZE, fetch, left, within
 
 from dist_kd.data.remote import Forbidden, NotThere
-from dist_kd.data.shard_cache import ShardCache, cache_folder
+from dist_kd.data.shard_cache import cache_folder
 from dist_kd.errors import ConfigError, DataError
-
-
-@pytest.fixture
-def server():
-    with BadServer({"a.tar": SHARD}) as server:
-        yield server
-
-
-@pytest.fixture
-def cache(tmp_path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", 10 * SIZE, 20.0, QUICK)
-
 
 # answers given first (the server is well afterwards) -> offsets asked for; all end with the right bytes
 CURED = {

@@ -4,35 +4,10 @@ import tarfile
 import tracemalloc
 
 import pytest
-from data.tars import END, block_of, tar_of
+from data.tars import END, block_of, scan, tar_of
 
 from dist_kd.data import tar_scan, tar_walk
-from dist_kd.data.tar_scan import scan_shard
 from dist_kd.errors import DataError
-
-PAX, GLOBAL, LONG_NAME, LONG_LINK = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
-
-def scan(path, num_classes=None):
-    with open(path, "rb") as file:
-        return scan_shard(file, str(path), path.name, num_classes)
-
-
-@pytest.fixture
-def of_bytes(tmp_path):
-    """of_bytes(...) -> the scan of a shard made of these bytes."""
-
-    def scanned(*parts, classes=None):
-        path = tmp_path / "a.tar"
-        path.write_bytes(b"".join(parts))
-        return scan(path, classes)
-
-    return scanned
 
 
 def kinds(scanned):

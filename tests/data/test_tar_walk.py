@@ -3,37 +3,11 @@ import random
 import tarfile
 
 import pytest
-from data.tars import END, STRUCTURE, block_of, checked, record
+from data.tars import END, GLOBAL, LONG_LINK, LONG_NAME, PAX, STRUCTURE, block_of, checked, record, scan
 
 from dist_kd.data import tar_walk
-from dist_kd.data.tar_scan import scan_shard
 from dist_kd.data.tar_walk import TarWalk
 from dist_kd.errors import DataError
-
-PAX, GLOBAL, LONG_NAME, LONG_LINK = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
-
-def scan(path, num_classes=None):
-    with open(path, "rb") as file:
-        return scan_shard(file, str(path), path.name, num_classes)
-
-
-@pytest.fixture
-def of_bytes(tmp_path):
-    """of_bytes(...) -> the scan of a shard made of these bytes."""
-
-    def scanned(*parts, classes=None):
-        path = tmp_path / "a.tar"
-        path.write_bytes(b"".join(parts))
-        return scan(path, classes)
-
-    return scanned
-
 
 # what is read
 
