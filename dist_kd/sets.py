@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dist_kd.config import Config
 from dist_kd.contracts import NetworkSpec, World
 from dist_kd.data import fetch_ahead, memory, remote_sets, sources
-from dist_kd.data.finding import CACHE_SHARE, check_present, open_data, split_folder
+from dist_kd.data.finding import check_present, open_data, shard_cache, split_folder
 from dist_kd.data.index import Index
 from dist_kd.data.loader import EvalLoader
 from dist_kd.data.order import Order
@@ -20,11 +20,6 @@ from dist_kd.runtime import Runtime
 
 LARGE_REST = 0.05  # of the training set left out in each epoch
 MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels kept in memory without being asked
-
-
-def shard_cache(config: Config) -> ShardCache:
-    """Where this run keeps shards of other machines."""
-    return ShardCache(cache_folder(), int(1e9 * config.cache_gb), CACHE_SHARE * config.loader_timeout)
 
 
 def open_split(where: str, split: str, cache: ShardCache | None = None) -> Index | None:

@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--checkpoint best needs a run's folder, and `{args.what}` is none")
 
     check_url(args.data or "")
+    from dist_kd.data.finding import shard_cache
     from dist_kd.runtime import start_runtime
-    from dist_kd.sets import make_evaluator, on_every_rank, open_split, shard_cache
+    from dist_kd.sets import make_evaluator, on_every_rank, open_split
 
     changes = {
         "device_batch_size": args.device_batch_size,

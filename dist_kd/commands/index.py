@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     }
     if urls:
         named = remote_sets.named_shards([name for word in args.shards for name in finding.expand_braces(word)])
-        index = remote_sets.index_shards(named, finding.default_cache(), name=name, **options)
+        index = remote_sets.index_shards(named, finding.shard_cache(), name=name, **options)
     else:
         index = build_index(folder, shards, name=name or folder.name, **options)
     write_index(index, place)

@@ -38,9 +38,9 @@ JOBS = 8  # most processes that index shards on their first use
 SMALL_BYTES = 64 << 20  # shards below this in all are indexed without further processes
 
 
-def default_cache() -> ShardCache:
-    """The cache of this node with the limits a run has unless it is told others."""
-    config = Config()
+def shard_cache(config: Config | None = None) -> ShardCache:
+    """Where this node keeps shards of other machines, within a run's limits, or else those it has by default."""
+    config = config or Config()
     return ShardCache(cache_folder(), int(1e9 * config.cache_gb), CACHE_SHARE * config.loader_timeout)
 
 
@@ -51,12 +51,12 @@ def open_data(where: str, cache: ShardCache | None = None) -> Index:
     """
     if is_remote(where):
         check_url(where)  # first, so that no later message can repeat a password
-        return remote_sets.open_remote(expand_braces(where), cache or default_cache())
+        return remote_sets.open_remote(expand_braces(where), cache or shard_cache())
     where = local_path(where)
     folder = Path(os.path.expanduser(where))
     if os.path.isdir(folder):
         if _has_our_index(folder):
-            return read_index(folder, cache or default_cache())
+            return read_index(folder, cache or shard_cache())
         return _index_of(_shards_of(folder), folder.name)
     shards = expand(where)
     present = [shard for shard in shards if os.path.isfile(shard)]
