@@ -23,9 +23,9 @@ def setting(
 
 DATA, MODELS, METHOD, OPTIM, RUN, TRACK = "data", "models", "distillation", "optimization", "run", "tracking"
 
-Optimizer = Literal["sgd", "adam", "adamw", "rmsprop"]
-Schedule = Literal["constant", "step", "cosine", "restarts"]
-DEFAULT_LR: dict[str, float] = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 0.01}
+Optimizer = Literal["sgd", "adam", "amsgrad", "adamw", "rmsprop"]
+Schedule = Literal["constant", "step", "cosine", "restarts", "swing"]
+DEFAULT_LR: dict[str, float] = {"sgd": 0.1, "adam": 1e-3, "amsgrad": 1e-3, "adamw": 1e-3, "rmsprop": 0.01}
 
 
 class Config(BaseModel):
@@ -149,6 +149,13 @@ class Config(BaseModel):
         group=MODELS,
         result=True,
     )
+    freeze: Literal["none", "backbone", "backbone_but_norms"] = setting(
+        "none",
+        "Part of the student that does not learn: backbone is all but the layer that makes the logits, and then runs "
+        "as in evaluation; with backbone_but_norms its batch norms go on following the data.",
+        group=MODELS,
+        result=True,
+    )
     teacher_weights: str = setting(
         "DEFAULT",
         "The teacher's weights, as --student-weights; of several teachers, as many, or one for all.",
@@ -219,13 +226,20 @@ class Config(BaseModel):
     lr: float | None = setting(
         None,
         "Highest learning rate, for the global batch as it is (no scaling). "
-        "Missing: sgd 0.1, adam and adamw 0.001, rmsprop 0.01.",
+        "Missing: sgd 0.1, adam, amsgrad and adamw 0.001, rmsprop 0.01.",
+        group=OPTIM,
+        result=True,
+        gt=0,
+    )
+    head_lr: float | None = setting(
+        None,
+        "Highest learning rate of the layer that makes the student's logits. Missing: --lr.",
         group=OPTIM,
         result=True,
         gt=0,
     )
     momentum: float = setting(
-        0.9, "Of SGD and RMSprop; the first beta of Adam(W).", group=OPTIM, result=True, ge=0, lt=1
+        0.9, "Of SGD and RMSprop; the first beta of the Adams.", group=OPTIM, result=True, ge=0, lt=1
     )
     weight_decay: float = setting(
         1e-4,
@@ -242,10 +256,15 @@ class Config(BaseModel):
         0.0, "Linear rise of the learning rate at the start.", group=OPTIM, result=True, unit="epochs", ge=0
     )
     lr_floor: float = setting(
-        0.0, "Lowest learning rate, as a share of --lr (cosine, restarts).", group=OPTIM, result=True, ge=0, le=1
+        0.0, "Lowest learning rate, as a share of --lr (cosine, restarts, swing).", group=OPTIM, result=True, ge=0, le=1
     )
     lr_step_epochs: float = setting(
-        30.0, "Epochs between drops (step), or first period (restarts).", group=OPTIM, result=True, unit="epochs", gt=0
+        30.0,
+        "Epochs between drops (step), first period (restarts), or from high to low and from low to high (swing).",
+        group=OPTIM,
+        result=True,
+        unit="epochs",
+        gt=0,
     )
     lr_gamma: float | None = setting(
         None,

@@ -10,23 +10,42 @@ from torch import nn
 from dist_kd.config import Config
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: decayed (matrices and kernels), and not (norms, biases and other vectors: ndim < 2)."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def parameter_groups(
+    module: nn.Module, weight_decay: float, head: Iterable[nn.Parameter] = (), head_factor: float = 1.0
+) -> list[dict]:
+    """Groups that learn: decayed (matrices and kernels), and not (norms, biases and other vectors: ndim < 2).
+
+    The parameters of `head` stand apart, with `head_factor` times the rate of the others, if that is not 1.
+    """
+    apart = {id(p) for p in head} if head_factor != 1 else set()
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [
+                p
+                for p in module.parameters()
+                if p.requires_grad and (p.ndim >= 2) == decayed and (id(p) in apart) == in_head
+            ],
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_factor": head_factor if in_head else 1.0,
+        }
+        for in_head in (False, True)
+        for decayed in (True, False)
     ]
     return [g for g in groups if g["params"]]
 
 
-def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `config.optimizer` over `module`, in fused or foreach form where torch chooses so."""
-    groups = parameter_groups(module, config.weight_decay)
+def make_optimizer(config: Config, module: nn.Module, head: Iterable[nn.Parameter] = ()) -> torch.optim.Optimizer:
+    """The optimizer of `config.optimizer` over `module`, in fused or foreach form where torch chooses so.
+
+    `head` are the parameters that learn at `config.head_lr`, if one is given.
+    """
     lr, momentum = config.peak_lr, config.momentum
+    groups = parameter_groups(module, config.weight_decay, head, (config.head_lr or lr) / lr)
     makers = {
         "sgd": lambda: torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0),
         "adam": lambda: torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999)),
+        # Reddi, Kale, Kumar 2018: the largest second moment so far
+        "amsgrad": lambda: torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999), amsgrad=True),
         "adamw": lambda: torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999)),
         # eps and alpha as the EfficientNet paper's TensorFlow recipe has them
         "rmsprop": lambda: torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-3, momentum=momentum),
@@ -35,5 +54,6 @@ def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def set_lr(groups: Iterable[dict], lr: float) -> None:
+    """Gives each group its share of the rate `lr` of this step."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)  # a checkpoint older than the factor has none

@@ -31,7 +31,7 @@ class Plan:
     peak_lr: float
     schedule: str
     lr_floor: float
-    lr_period: int  # steps between drops, or the first period of warm restarts
+    lr_period: int  # steps between drops, the first period of warm restarts, or half a swing
     lr_gamma: float
 
     @property
@@ -83,7 +83,12 @@ def _restarts(plan: Plan, step: int) -> float:
     return _half_cosine(step / period, plan.lr_floor)
 
 
-SCHEDULES = {"constant": _constant, "step": _step, "cosine": _cosine, "restarts": _restarts}
+def _swing(plan: Plan, step: int) -> float:
+    # CosineAnnealingLR beyond its T_max, as some published runs have it: down, and up again by the same way
+    return _half_cosine(step / plan.lr_period, plan.lr_floor)
+
+
+SCHEDULES = {"constant": _constant, "step": _step, "cosine": _cosine, "restarts": _restarts, "swing": _swing}
 
 
 def micro_batch_size(rank_batch: int, largest: int, even: bool) -> int:

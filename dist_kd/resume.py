@@ -108,7 +108,13 @@ def restore(run: Run, start: Start) -> None:
         run.method.load_state_dict(saved.tensors["method"])
     if run.average is not None:
         run.average.network.load_state_dict(saved.tensors["ema"])
-    run.optimizer.load_state_dict(saved.optimizer["optimizer"])
+    try:
+        run.optimizer.load_state_dict(saved.optimizer["optimizer"])
+    except ValueError as error:  # --allow-changes lets --freeze and --head-lr through
+        raise CheckpointError(
+            f"the optimizer of `{start.checkpoint}` is for other parameters than learn now ({error}); go on with the "
+            "old --freeze and --head-lr, or start anew with another --save_path"
+        ) from None
     if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
         run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
     run.state, main = saved.state, run.runtime.world.is_main

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_kd.config import Config
+from dist_kd.config import DEFAULT_LR, Config
 from dist_kd.ema import Average
 from dist_kd.optimizer import make_optimizer, parameter_groups, set_lr
 
@@ -21,7 +21,7 @@ def test_no_decay_on_norms_and_biases():
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("name", list(DEFAULT_LR))
 def test_every_optimizer_moves_the_network(name):
     module = net()
     before = [p.detach().clone() for p in module.parameters()]
@@ -33,6 +33,25 @@ def test_every_optimizer_moves_the_network(name):
         not torch.equal(b, p) for b, p in zip(before, module.parameters(), strict=True) if p.grad.abs().sum() > 0
     )
     assert {g["lr"] for g in optimizer.param_groups} == {0.01}
+
+
+def test_the_head_learns_at_its_own_rate():
+    module = net()
+    optimizer = make_optimizer(Config(lr=0.1, head_lr=0.5, weight_decay=0.2), module, module[3].parameters())
+    set_lr(optimizer.param_groups, 0.04)  # 0.4 of the highest
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert [rates[id(p)] for p in module.parameters()] == [
+        (pytest.approx(0.04), 0.2),
+        *[(pytest.approx(0.04), 0.0)] * 3,
+        (pytest.approx(0.2), 0.2),
+        (pytest.approx(0.2), 0.0),
+    ]
+
+
+def test_what_is_frozen_is_in_no_group():
+    module = net()
+    module[0].requires_grad_(False)
+    assert sum(len(g["params"]) for g in make_optimizer(Config(), module).param_groups) == 4
 
 
 def test_sgd_is_nesterov_by_hand():

@@ -72,11 +72,13 @@ def test_learning_rates_at_the_ends():
     assert p.lr_at(29) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
 
 
-def test_step_and_restarts():
+def test_step_restarts_and_swing():
     p = plan(schedule="step", lr=1.0, lr_step_epochs=1, lr_gamma=0.1)
     assert [p.lr_at(k) for k in (9, 10, 20)] == pytest.approx([1, 0.1, 0.01])
     p = plan(schedule="restarts", lr=1.0, lr_step_epochs=1, lr_gamma=2)  # periods of 10, then 20 steps
     assert [p.lr_at(k) for k in (0, 5, 10, 20)] == pytest.approx([1, 0.5, 1, 0.5])
+    p = plan(schedule="swing", lr=1.0, lr_step_epochs=1, lr_floor=0.2)  # 10 steps down, 10 up, 10 down
+    assert [p.lr_at(k) for k in (0, 5, 10, 15, 20, 25)] == pytest.approx([1, 0.6, 0.2, 0.6, 1, 0.6])
     assert plan(schedule="constant", lr=0.3).lr_at(29) == 0.3
 
 

@@ -1,4 +1,4 @@
-"""Training the head alone: the rest of a network frozen, so that it stays the function it was."""
+"""The head apart from the rest: which layer it is, and training it alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ def head_of(network: Network) -> str:
     ]
     if not paths:
         raise ConfigError(
-            f"`{network.spec.arch}` has no single layer that makes its {classes} logits, so nothing can be frozen "
-            "around it; leave out --freeze"
+            f"`{network.spec.arch}` has no single layer that makes its {classes} logits, which --freeze and --head-lr "
+            "treat apart; leave them out"
         )
     return paths[-1]  # the last: a layer before may happen to be as wide
+
+
+def head_parameters(network: Network) -> list[nn.Parameter]:
+    """The parameters of the layer that makes the logits; ConfigError if there is none."""
+    return list(network.net.get_submodule(head_of(network)).parameters())
 
 
 def freeze_backbone(network: Network, train_norms: bool = False) -> list[str]:

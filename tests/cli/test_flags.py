@@ -92,7 +92,7 @@ def test_every_alias_reaches_its_field_and_no_other():
         ("--save_path=", "--save_path: must be a text, and cannot be empty, got `` (flag --save_path)"),
         (
             "--optimizer adm",
-            "--optimizer: must be one of sgd, adam, adamw, rmsprop, got `adm` (flag --optimizer); did you",
+            "--optimizer: must be one of sgd, adam, amsgrad, adamw, rmsprop, got `adm` (flag --optimizer); did you",
         ),
         ("--arch resnet19", "--arch: network `resnet19` (flag --arch) is not known; did you mean"),
         ("--augment crop+flp", "--augment: augmentation `flp` in `crop+flp` is unknown; did you mean `flip`"),
