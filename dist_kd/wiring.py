@@ -50,6 +50,8 @@ def build_student(config: Config, num_classes: int):
         config.arch, num_classes, config.student_weights, role="student", image_size=config.image_size
     )
     network.spec = dataclasses.replace(network.spec, image_size=config.image_size or network.spec.image_size)
+    if config.freeze != "none":
+        models.freeze_backbone(network, train_norms=config.freeze == "backbone_but_norms")
     return network
 
 
@@ -171,7 +173,8 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     teacher = prepare_teacher(config, runtime, plain_teachers, student_spec)
     average = Average(student, config.ema_decay) if config.ema_decay else None
     learner = Learner(student, method)
-    bare_optimizer = make_optimizer(config, learner)
+    head = models.head_parameters(network) if config.head_lr else ()
+    bare_optimizer = make_optimizer(config, learner, head)
     if config.compile:
         student.net.compile()
     prepared, optimizer = runtime.prepare(learner, bare_optimizer)

@@ -18,7 +18,17 @@ from dist_kd.models.names import ROLES, resolve, split
 if TYPE_CHECKING:
     from dist_kd.models.network import Network
 
-__all__ = ["Network", "build", "fold_affine_head", "freeze_backbone", "load", "resolve", "save_student"]
+__all__ = [
+    "Network",
+    "build",
+    "fold_affine_head",
+    "foldable",
+    "freeze_backbone",
+    "head_parameters",
+    "load",
+    "resolve",
+    "save_student",
+]
 
 MODULES = {
     "torchvision": "torchvision_zoo",
@@ -32,7 +42,9 @@ LAZY = {
     "Network": "network",
     "save_student": "student_folder",
     "fold_affine_head": "originals",
+    "foldable": "originals",
     "freeze_backbone": "freezing",
+    "head_parameters": "freezing",
 }
 
 
