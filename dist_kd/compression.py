@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_kd import models
+
 DEFINITIONS = {
     "parameters": "elements of all parameters",
     "buffers": "elements of all buffers (batch norm statistics and counters)",
@@ -39,7 +41,10 @@ COUNTED = (
     nn.RMSNorm,
 )
 # published "sizes" of a pair of networks (teacher, student), to stand beside ours: millions
-PUBLISHED = {("resnet152", "efficientnet_b0", 224): (104.4, 20.7)}
+PUBLISHED = {
+    ("resnet152", "efficientnet_b0", 224): (104.4, 20.7),
+    ("resnet152_cifar", "efficientnet_b0_cifar", 32): (72.0, 6.6),
+}
 REPEATS = (3, 50)  # fewest and most timed passes; few ones only for slow networks
 
 Rows = tuple[tuple[str, str, str], ...]
@@ -248,11 +253,13 @@ def compare(
 ) -> dict[str, Any]:
     """Both networks' measures with, for each, student/teacher in percent and teacher/student in x; JSON-ready.
 
-    Without a teacher there are only the student's. Takes about 2 x len(batch_sizes) x `seconds`; none with
-    latency=False.
+    Without a teacher there are only the student's. A student whose head folds is measured folded too, under "folded".
+    Takes about 2 x len(batch_sizes) x `seconds`; none with latency=False.
     """
     sides = {} if teacher is None else {"teacher": (teacher, teacher_image_size or image_size)}
     sides["student"] = (student, image_size)
+    if models.foldable(student):
+        sides["folded"] = (models.fold_affine_head(student), image_size)
     result: dict[str, Any] = {side: _named(network) | sizes(network, size) for side, (network, size) in sides.items()}
     if latency:
         networks, image_sizes = zip(*sides.values(), strict=True)
@@ -263,6 +270,8 @@ def compare(
     if teacher is not None:
         result |= _ratios(result["teacher"], result["student"])
         result["published_size"] = PUBLISHED.get((result["teacher"]["name"], result["student"]["name"], image_size))
+        if "folded" in sides:
+            result["folded"] |= _ratios(result["teacher"], result["folded"])
     result["definitions"] = DEFINITIONS
     result["note"] = _note(result)
     return result
@@ -291,9 +300,24 @@ def _note(result: dict[str, Any]) -> str:
         note += f" Latency: {DEFINITIONS['latency_ms']}{where}."
     if result.get("published_size"):
         large, small = result["published_size"]
-        note += f" A published table gives this pair's size as {large} M -> {small} M ({100 * small / large:.2f} %): "
-        note += "near parameters + activations, not parameters."
-    return note
+        ours = [result[side]["size_original"] / 1e6 for side in ("teacher", "student")]
+        note += (
+            f" A published table gives this pair's size as {large:g} M -> {small:g} M ({100 * small / large:.2f} %),"
+        )
+        note += " nearest to parameters + activations, not to parameters"
+        note += f"; here these are {ours[0]:.1f} M -> {ours[1]:.1f} M ({100 * ours[1] / ours[0]:.2f} %)."
+    return f"{_folded(result)} {note}" if "folded" in result else note
+
+
+def _folded(result: dict[str, Any]) -> str:
+    """The folded student's sizes in a sentence, each as a share of the teacher's, or of the unfolded student's."""
+    entry, base = result["folded"], "teacher" if "teacher" in result else "student"
+    parts = []
+    for key, text, unit in ROWS:
+        if key in ("parameters", "state_dict_bytes", "flops"):
+            share = 100 * entry[key] / result[base][key]
+            parts.append(f"{text} {_shown(entry[key], unit)} ({share:.2f} % of the {base}'s)")
+    return f"Folded, the student is the same function as {entry['name']}: {'; '.join(parts)}."
 
 
 def _shown(value: float | None, unit: str) -> str:

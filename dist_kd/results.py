@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from dist_kd import compression, models
 from dist_kd.config import Config
@@ -176,6 +179,24 @@ def model_card(config: Config, result: dict[str, Any], network, data_name: str, 
     )
 
 
+def _save_folded(path: Path, card: Callable[..., str], leaves: dict[str, Any]) -> str:
+    """Writes student_folded/ from student/, both as they will be loaded; the line that says how they compare."""
+    student = models.load(path / "student")
+    folded = models.fold_affine_head(student)
+    large, small = (sum(p.numel() for p in network.parameters()) for network in (student, folded))
+    side = student.spec.image_size
+    images = torch.randn(8, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = student(images).logits, folded(images).logits
+    line = (
+        f"{large:,} parameters folded into {small:,}, the same function: logits of {len(images)} images of noise "
+        f"differ by {(found - expected).abs().max():.2g} at most (largest logit {expected.abs().max():.3g})"
+    )
+    text = f"{card(folded)}\nFolded from `{student.spec.arch}`, which the scores are of: {line}.\n"
+    models.save_student(folded, path / "student_folded", card=text, **leaves)
+    return f"folded   {line}: student_folded/"
+
+
 def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], seconds: float) -> None:
     """Writes what a finished run leaves behind. Rank 0 only."""
     result = summary(run, built["teacher"], folder, seconds)
@@ -187,10 +208,15 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
         "device_batch_size": config.device_batch_size,
         "channels_last": config.channels_last,
     }
-    card = model_card(config, result, network, built["train"].spec.name, sum(built["teacher_parameters"]))
-    models.save_student(
-        network, folder.path / "student", classes=built["train"].classes, card=card, extra={"evaluation": evaluation}
-    )
+    data, teacher_parameters = built["train"].spec.name, sum(built["teacher_parameters"])
+
+    def card(described) -> str:
+        return model_card(config, result, described, data, teacher_parameters)
+
+    leaves = {"classes": built["train"].classes, "extra": {"evaluation": evaluation}}
+    models.save_student(network, folder.path / "student", card=card(network), **leaves)
+    if models.foldable(network):
+        run.runtime.say(_save_folded(folder.path, card, leaves))
     size, classes = network.spec.image_size, network.spec.num_classes
     student = models.build(network.spec.arch, classes, "none", image_size=size)
     spec = run.teacher.spec

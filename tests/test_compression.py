@@ -64,6 +64,38 @@ def test_the_published_pair():
     assert result["published_size"] == (104.4, 20.7) and "104.4 M -> 20.7 M (19.83 %)" in result["note"]
 
 
+def test_the_published_pair_at_32_pixels_is_only_half_reproduced():
+    """Teacher 72 M as published; the student's 6.6 M is no count of ours, and the note gives what ours is."""
+    with torch.device("meta"):
+        result = compare(build("resnet152_cifar", 10), build("efficientnet_b0_cifar", 10), 32, latency=False)
+    ours = [result[side]["size_original"] / 1e6 for side in ("teacher", "student")]
+    assert ours == [pytest.approx(72.0, abs=0.6), pytest.approx(4.7, abs=0.05)]
+    assert "as 72 M -> 6.6 M (9.17 %)" in result["note"] and "here these are 72.5 M -> 4.7 M (6.48 %)" in result["note"]
+
+
+def test_a_student_that_folds_is_measured_folded_too():
+    with torch.device("meta"):
+        teacher, student = build("resnet18_fine", 10), build("residual_cnn", 10)
+        result = compare(teacher, student, 32, latency=False)
+        alone = compare(None, student, 32, latency=False)
+    folded = result["folded"]
+    assert (result["student"]["parameters"], folded["parameters"]) == (46_767_854, 1_038_474)
+    # three norms of 32, 64 and 128 channels: mean and variance, and a counter of 8 bytes each
+    assert folded["state_dict_bytes"] == 4 * (1_038_474 + 2 * (32 + 64 + 128)) + 3 * 8
+    saved = 2 * (93_312 * 500 + 500 * 10 - 93_312 * 10)
+    assert folded["flops"] == result["student"]["flops"] - saved
+    assert folded["ratio_percent"]["parameters"] == pytest.approx(100 * 1_038_474 / 11_181_642, abs=1e-3)
+    for text in (
+        "residual_cnn_folded: parameters 1,038,474 (9.29 % of the teacher's)",
+        "state dict 4.16 MB",
+        "FLOPs, one",
+    ):
+        assert text in table(result)
+    assert "1,038,474 (2.22 % of the student's)" in table(alone)
+    assert "folded" not in compare(teacher, teacher, 32, latency=False)
+    json.dumps(result)
+
+
 @pytest.mark.parametrize(
     "arch", ["resnet18", "mobilenet_v2", "vit_b_16", "swin_t", "convnext_tiny", "shufflenet_v2_x1_0"]
 )

@@ -6,7 +6,6 @@ else A, B and D used, are in the other zoos: `resnet34`, `mobilenet_v2`, `effici
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING
@@ -85,15 +84,21 @@ class ResidualCNN(nn.Sequential):
         super().__init__(layers)
 
 
+def foldable(network: nn.Module) -> bool:
+    """Whether `fold_affine_head` can make it smaller."""
+    net = getattr(network, "net", None)
+    return isinstance(net, ResidualCNN) and isinstance(net.classifier, nn.Sequential)
+
+
 def fold_affine_head(network: Network) -> Network:
     """A copy of `residual_cnn` in evaluation mode as `residual_cnn_folded`: the same function of 1.04 M parameters.
 
-    W = W2 G W1 and b = W2 (G (b1 - mean) + beta) + b2, where the norm is G (x - mean) + beta. ConfigError for another
-    network.
+    W = W2 G W1 and b = W2 (G (b1 - mean) + beta) + b2, where the norm is G (x - mean) + beta. Of the network's taps
+    none is wanted in the copy. ConfigError for another network.
     """
-    if network.spec.arch != "residual_cnn":
+    if not foldable(network):
         raise ConfigError(f"`{network.spec.arch}` has no affine head to fold; only `residual_cnn` has one")
-    net = copy.copy(network.net)
+    spec = dataclasses.replace(network.spec, arch="residual_cnn_folded")
     first, norm, second = network.net.classifier
     with torch.no_grad():
         # in double precision, so that 93,312 products per output do not add up their rounding
@@ -101,18 +106,13 @@ def fold_affine_head(network: Network) -> Network:
         outer = second.weight.double() * scale
         shift = (first.bias.double() - norm.running_mean.double()) @ outer.T
         bias = shift + second.weight.double() @ norm.bias.double() + second.bias.double()
-        with torch.device("meta"):  # the tensors are given at once
-            head = nn.Linear(first.in_features, second.out_features)
-        head.weight = nn.Parameter((outer @ first.weight.double()).to(first.weight.dtype))
-        head.bias = nn.Parameter(bias.to(first.weight.dtype))
-    net._modules = {**network.net._modules, "classifier": head}
-    folded = type(network)(
-        copy.deepcopy(net),
-        dataclasses.replace(network.spec, arch="residual_cnn_folded"),
-        taps=taps(net),
-        notes=network.notes,
-    )
-    return folded.eval()
+        head = {"weight": outer @ first.weight.double(), "bias": bias}
+    state = {name: value.clone() for name, value in network.net.state_dict().items() if "classifier" not in name}
+    state |= {f"classifier.{name}": value.to(first.weight.dtype) for name, value in head.items()}
+    with torch.device("meta"):  # the tensors are given at once
+        net = ResidualCNN(spec.num_classes, spec.image_size, folded=True)
+    net.load_state_dict(state, assign=True)
+    return type(network)(net, spec, taps=taps(net), notes=network.notes).eval()
 
 
 def cnn_norm_last(num_classes: int, image_size: int) -> nn.Module:

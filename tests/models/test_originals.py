@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_kd import compression
 from dist_kd.errors import ConfigError
-from dist_kd.models import build, fold_affine_head, load, save_student
+from dist_kd.models import build, fold_affine_head, foldable, load, save_student
 from dist_kd.models import torchvision_zoo as tv
 
 # found by running the programs themselves: HobbitLong/RepDistiller for the first six, then the third, first and
@@ -109,7 +109,17 @@ class TestFolding:
         with torch.no_grad():
             assert torch.equal(load(tmp_path / "student")(images).logits, folded(images).logits)
 
+    def test_a_student_that_gave_features_leaves_its_hooks_behind(self):
+        network = build("residual_cnn", 10, image_size=12, wants=frozenset({"stage2", "pooled"})).eval()
+        network.net.compile(backend="eager")
+        folded = fold_affine_head(network)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in folded.modules())
+        assert folded.net._compiled_call_impl is None and not folded(torch.randn(2, 3, 12, 12)).features
+
     def test_others_have_nothing_to_fold(self):
+        assert foldable(build("residual_cnn", 10, image_size=12))
+        for other in (build("cnn_small", 10), build("residual_cnn_folded", 10), nn.Linear(3, 3)):
+            assert not foldable(other)
         with pytest.raises(ConfigError, match="`cnn_small` has no affine head to fold"):
             fold_affine_head(build("cnn_small", 10))
 
