@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -122,6 +124,23 @@ def _precision(config: Config, cuda: bool) -> tuple[str, str]:
     return precision, origin
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep the memory that tensors free for the next ones, where it is glibc.
+
+    By default it gives each large block back to the kernel, and gets pages for the next one that must be filled with
+    zeros first: up to half of a training step on a CPU. What the environment says of malloc (MALLOC_...) stays.
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.getenv("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and not chosen:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)  # large blocks from the heap too
+            mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+
+
 def start_runtime(config: Config) -> Runtime:
     """The runtime of this process; starts the process group if a launcher set one up."""
     # a launcher's config may ask for accumulation by environment; ours follows from the plan alone
@@ -147,6 +166,8 @@ def start_runtime(config: Config) -> Runtime:
             f"the launcher started {asked} processes (variable WORLD_SIZE) but only {world.world_size} would train "
             "together; launch with torchrun, or with `accelerate launch --multi_gpu`"
         )
+    if not cuda:
+        keep_freed_memory()
     group = None
     if world.world_size > 1:
         group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
