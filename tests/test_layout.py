@@ -27,7 +27,7 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F3b", {"run_folder", "sets"}),
     # the command line asks rooms for names only; it is below wiring, which writes the settings back through it
     ("F4", {"loop", "cli", "report"}),
-    ("F5", {"resume", "results"}),
+    ("F5", {"resume", "results", "sweep"}),
     ("F5b", {"wiring"}),
     ("F6", {"train", "commands"}),
 ]

@@ -143,7 +143,7 @@ def _svg(figure, name: str) -> str:
     return re.sub(r"\n\s*", "\n", text)
 
 
-def _color(group: int) -> str:
+def series_color(group: int) -> str:
     return f"#0505{group % SERIES:02x}"
 
 
@@ -185,7 +185,7 @@ STYLE = {
 MARGINS = {"left": 0.115, "right": 0.985, "top": 0.9, "bottom": 0.165}
 
 
-def _draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] | None = None) -> str:
+def draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] | None = None) -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -202,7 +202,7 @@ def _draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] | N
 def _paint_panel(axes, panel: Panel, curves: list[Curve], level: float | None, x_label: str) -> None:
     many = len(curves) > 2 * len({curve.group for curve in curves})
     for curve in curves:
-        color = _color(curve.group)
+        color = series_color(curve.group)
         axes.plot(
             curve.x,
             curve.y,
@@ -255,7 +255,7 @@ def draw_section(groups: Sequence[Group], section: str) -> list[Plot]:
         )
         level = next(iter(levels)) if len(levels) == 1 else None  # several teachers stand in the table
         name = panel.key.replace("/", "-").replace("_", "-")
-        svg = _draw(
+        svg = draw(
             name,
             lambda axes, p=panel, c=curves, lv=level: _paint_panel(axes, p, c, lv, "epoch" if by_epoch else "step"),
         )
@@ -295,7 +295,7 @@ def draw_step_times(groups: Sequence[Group], parts: Sequence[dict[str, float]]) 
         axes.margins(x=0.12)
 
     height = 0.9 + 0.52 * len(shown)
-    return Plot("time/step_ms", "Where a training step goes", _draw("time-step-ms", paint, (9.6, height)), 1)
+    return Plot("time/step_ms", "Where a training step goes", draw("time-step-ms", paint, (9.6, height)), 1)
 
 
 def part_swatch(part: int) -> str:
