@@ -21,9 +21,30 @@ from torch import Tensor
 from dist_kd.contracts import DataCounters
 from dist_kd.errors import CheckpointError
 
-SCHEMA = 2  # 1 counted bad samples without their kinds
+SCHEMA = 3  # 1 counted bad samples without their kinds; 2 knew no test set
 PREFIX = "step_"
 REPLACED = ".replaced"
+
+
+@dataclass
+class ThirdSet:
+    """What a test set said of the student so far. Nothing is chosen by it but `highest`, which is named so."""
+
+    data: str = ""  # its fingerprint
+    evaluations: int = 0
+    bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples
+    last: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)  # where the validation set's top-1 was best
+    highest: dict[str, float] = field(default_factory=dict)  # where its own was
+
+    def add(self, figures: dict[str, float], val_top1: float) -> None:
+        """Takes in one evaluation; `val_top1` is the validation set's at the same step. Of equals the first stays."""
+        self.evaluations += 1
+        self.last = figures | {"val_top1": val_top1}
+        if not self.chosen or val_top1 > self.chosen["val_top1"]:
+            self.chosen = dict(self.last)
+        if not self.highest or figures["top1"] > self.highest["top1"]:
+            self.highest = dict(self.last)
 
 
 @dataclass
@@ -41,6 +62,7 @@ class TrainState:
     val_bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    test: ThirdSet = field(default_factory=ThirdSet)
 
 
 @dataclass(frozen=True)
@@ -215,7 +237,8 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
         facts = read_facts(checkpoint)
         fields = facts.pop("state")
         fields.pop("bad_samples", None)  # schema 1
-        state = TrainState(**fields | {"data": DataCounters(**fields.get("data", {}))})
+        parts = {"data": DataCounters(**fields.get("data", {})), "test": ThirdSet(**fields.get("test", {}))}
+        state = TrainState(**fields | parts)
         tensors = {p.stem: load_file(p, device=str(device)) for p in sorted(checkpoint.glob("*.safetensors"))}
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

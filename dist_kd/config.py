@@ -45,6 +45,14 @@ class Config(BaseModel):
     val_data: str | None = setting(
         None, "Validation data, as --data. Missing: DATA/val.", group=DATA, result=True, aliases=("--val-dir",)
     )
+    test_data: str | None = setting(
+        None,
+        "A third set, scored at every evaluation and never chosen by, as --data. Missing: DATA/test, where there is "
+        "one; none: no third set.",
+        group=DATA,
+        result=False,
+        aliases=("--test-dir",),
+    )
     image_size: int | None = setting(
         None,
         "Side of the square training and evaluation view. Missing: the student's own.",

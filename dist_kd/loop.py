@@ -48,6 +48,7 @@ class Run:
     stop: StopRequests
     state: TrainState
     facts: dict[str, Any]  # saved with every checkpoint: layout, settings, fingerprint
+    tester: Evaluator | None = None  # of a third set, which is scored and never chosen by
 
 
 def seed_networks(seed: int, step: int, first_row: int, device: torch.device) -> None:
@@ -176,31 +177,40 @@ def _account(run: Run) -> DataCounters:
     return now
 
 
-def note_unscored(run: Run, data: DataCounters) -> None:
-    """Shows each kind of damage to validation samples when it is first seen."""
-    for kind in data.bad.keys() - run.state.val_bad.keys():
+def note_unscored(run: Run, data: DataCounters, before: dict[str, int]) -> None:
+    """Shows each kind of damage to a set's samples that it had not `before`."""
+    for kind in data.bad.keys() - before.keys():
         run.tracker.note(f"warning: {data.first[kind]}. It is not scored; more such ({kind}) are only counted")
 
 
 def _evaluate(run: Run) -> tuple[bool, bool]:
-    """Scores the student; (whether it is the best so far, whether a stop request ended it early)."""
+    """Scores the student on one set or two; (whether it is the best so far, whether a stop request ended it early)."""
     state = run.state
     network = run.student if run.average is None else run.average.network
     run.runtime.broadcast_buffers(network)
     network.eval()
     scores = run.evaluator.score(network)
+    test = run.tester.score(network) if run.tester is not None and scores.complete else None
     run.student.train()
     run.meters.restart_clock()
-    if not scores.complete:
-        return False, True  # evaluated_at stays: the resumed run makes up for it
+    if not scores.complete or (test is not None and not test.complete):
+        return False, True  # evaluated_at stays: the resumed run makes up for it, of both sets
     values = scores.values("val") | {"val/epoch": run.plan.epoch_at(state.step), "val/seconds": scores.seconds}
     state.evaluated_at = state.step
     state.evaluations += 1
     state.last = {k.removeprefix("val/"): v for k, v in values.items()} | {"step": state.step}
-    note_unscored(run, scores.data)
+    for scored, before in ((scores, state.val_bad), (test, state.test.bad)):
+        if scored is not None:
+            note_unscored(run, scored.data, before)
+            if run.runtime.world.is_main:
+                run.source.account.mine.retries += scored.data.retries
     state.val_bad = scores.data.bad
-    if run.runtime.world.is_main:
-        run.source.account.mine.retries += scores.data.retries
+    if test is not None:
+        figures = test.values("test")
+        state.test.bad = test.data.bad
+        place = {"step": state.step, "epoch": values["val/epoch"]}
+        state.test.add({k.removeprefix("test/"): v for k, v in figures.items()} | place, values["val/top1"])
+        values |= figures | {"test/seconds": test.seconds}
     improved = values["val/top1"] > state.best_top1
     if improved:
         state.best_top1, state.best_step, state.best = values["val/top1"], state.step, dict(state.last)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dist_kd import compression, models
+from dist_kd.checkpoint import ThirdSet
 from dist_kd.config import Config
 from dist_kd.evaluation import Scores
 from dist_kd.loop import Run
@@ -35,7 +36,10 @@ def header(
         f"({runtime.precision_origin})"
     )
     yield from data_lines
-    yield network_line("student", run.student.spec, sum(p.numel() for p in run.student.parameters()))
+    sizes = [(p.numel(), p.requires_grad) for p in run.student.parameters()]
+    yield network_line("student", run.student.spec, sum(size for size, _ in sizes))
+    if config.freeze != "none":
+        yield f"         --freeze {config.freeze}: {sum(size for size, learns in sizes if learns):,} parameters learn"
     for teacher, parameters in zip(run.teacher.members, teacher_parameters, strict=True):
         yield network_line("teacher", teacher.spec, parameters)
         for note in teacher.notes:
@@ -72,10 +76,10 @@ def _group_lines(run: Run) -> Iterator[str]:
         )
 
 
-def teacher_line(spec, scores: Scores) -> str:
+def teacher_line(spec, scores: Scores, split: str) -> str:
     n = scores.samples
     return (
-        f"teacher  {spec.arch} on {n} validation samples: top-1 {scores.top1_hits}/{n} = "
+        f"teacher  {spec.arch} on {n} {split} samples: top-1 {scores.top1_hits}/{n} = "
         f"{100 * scores.top1_hits / max(1, n):.2f} %, top-5 {scores.top5_hits}/{n} = "
         f"{100 * scores.top5_hits / max(1, n):.2f} %, {spec.num_classes} classes"
     )
@@ -96,16 +100,48 @@ def _timing(folder: RunFolder, seconds: float) -> dict[str, float]:
     return timing
 
 
-def summary(run: Run, teacher: tuple[Any, Scores] | None, folder: RunFolder, seconds: float) -> dict[str, Any]:
+THIRD_SET_NOTES = {
+    "last": "the last evaluation",
+    "chosen": "the epoch with the best top-1 on the validation set",
+    "highest": "chosen on the test set itself, as published figures often are: optimistic",
+}
+
+
+def third_set_figures(test: ThirdSet) -> dict[str, Any]:
+    """The test set's scores of three epochs, each with how it was chosen, and out of how many evaluations."""
+    return {
+        which: getattr(test, which) | {"evaluations": test.evaluations, "note": note}
+        for which, note in THIRD_SET_NOTES.items()
+    }
+
+
+def third_set_sentence(test: dict[str, Any]) -> str:
+    """The three in words."""
+    last, chosen, highest = (test[which] for which in THIRD_SET_NOTES)
+    return (
+        f"{last['samples']:.0f} test samples, which nothing was chosen by: top-1 {last['top1']:.2f} % at the last "
+        f"evaluation, {chosen['top1']:.2f} % at the epoch with the best validation top-1 (epoch {chosen['epoch']:.4g})"
+        f"; the highest of {highest['evaluations']} was {highest['top1']:.2f} %, which is chosen on the test set "
+        "itself and therefore optimistic"
+    )
+
+
+def summary(
+    run: Run, teacher: tuple[Any, Scores, Scores | None] | None, folder: RunFolder, seconds: float
+) -> dict[str, Any]:
     """summary.json: the last evaluation is the result; the best is named as what it is."""
     state = run.state
     best = state.best | {"evaluations": state.evaluations, "note": "chosen on the validation set by its own top-1"}
     student = {"arch": run.student.spec.arch, "last": state.last, "best": best, "averaged": run.average is not None}
+    if run.tester is not None and state.test.evaluations:
+        student["test"] = third_set_figures(state.test)
     result: dict[str, Any] = {"student": student, "teacher": None, "formula": run.method.formula}
     if teacher is not None:
-        spec, scores = teacher
+        spec, scores, tested = teacher
         values = {k.removeprefix("teacher/"): v for k, v in scores.values("teacher").items()}
         result["teacher"] = {"arch": spec.arch, "weights": spec.weights, **values}
+        if tested is not None:
+            result["teacher"]["test"] = {k.removeprefix("test/"): v for k, v in tested.values("test").items()}
     if run.method.coupled:
         result["coupled_rows"] = run.runtime.world.world_size * run.plan.micro_batch
     result["skipped"] = {
@@ -114,6 +150,7 @@ def summary(run: Run, teacher: tuple[Any, Scores] | None, folder: RunFolder, sec
         "bad_samples_total": sum(state.data.bad.values()),
         "bad_samples_named": state.data.named,
         "val_bad_samples": state.val_bad,
+        **({"test_bad_samples": state.test.bad} if run.tester is not None else {}),
         "retries": state.data.retries,
         "skipped_steps": state.skipped_steps,
     }
@@ -136,7 +173,7 @@ tags: [image-classification, knowledge-distillation]
 |---|---|---|---|
 {rows}
 
-Top-1 and top-5 are of the last evaluation, on {samples} validation samples of `{data}`. {teacher_note}
+Top-1 and top-5 are of the last evaluation, on {samples} validation samples of `{data}`. {test_note}{teacher_note}
 
 ## How to load
 ```python
@@ -172,6 +209,7 @@ def model_card(config: Config, result: dict[str, Any], network, data_name: str, 
         rows="\n".join(rows),
         samples=int(last["samples"]),
         data=data_name,
+        test_note=f"On {third_set_sentence(result['student']['test'])}. " if "test" in result["student"] else "",
         teacher_note=note,
         size=spec.image_size,
         settings=settings,
@@ -226,6 +264,8 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
     table = compression.compare(teacher, student, size, teacher_image_size=spec.image_size if spec else None)
     folder.write("compression.json", table)
     run.runtime.say(compression.table(table))
+    if "test" in result["student"]:
+        run.runtime.say(f"test     {third_set_sentence(result['student']['test'])}")
     run.tracker.summary(result)
     write_report([folder.path], folder.path / "report.html")
     run.runtime.say(f"run      {folder.path}: student/, summary.json, compression.json, report.html")

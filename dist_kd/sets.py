@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from dist_kd.config import Config
 from dist_kd.contracts import NetworkSpec, World
@@ -20,6 +21,15 @@ from dist_kd.runtime import Runtime
 
 LARGE_REST = 0.05  # of the training set left out in each epoch
 MEMORY_BUDGET = 1 << 30  # bytes of decoded pixels kept in memory without being asked
+NO_TEST = "none"  # the value of --test-data that leaves DATA/test alone
+
+
+class Sets(NamedTuple):
+    """What a run is trained on, what it is chosen by, and what it is only scored on, where there is such a set."""
+
+    train: Index
+    val: Index
+    test: Index | None
 
 
 def open_split(where: str, split: str, cache: ShardCache | None = None) -> Index | None:
@@ -43,8 +53,8 @@ def on_every_rank(runtime: Runtime, cache: ShardCache, opened: Callable[[], Inde
     return remote_sets.received(remote, cache) if remote else opened()
 
 
-def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
-    """Training and validation index."""
+def open_sets(config: Config, runtime: Runtime) -> Sets:
+    """The indexes of the two or three sets. ConfigError unless all have the same classes in the same order."""
     cache = shard_cache(config)
 
     def validation() -> Index:
@@ -58,16 +68,25 @@ def open_sets(config: Config, runtime: Runtime) -> tuple[Index, Index]:
             )
         return val
 
+    def third() -> Index | None:
+        if config.test_data == NO_TEST:
+            return None
+        test = open_split(config.test_data or config.data, "test", cache)
+        return open_data(config.test_data, cache) if test is None and config.test_data else test
+
     train = on_every_rank(runtime, cache, lambda: open_split(config.data, "train", cache))
     val = on_every_rank(runtime, cache, validation)
-    if runtime.world.local_rank == 0 and (train.url or val.url):
+    test = on_every_rank(runtime, cache, third)
+    if runtime.world.local_rank == 0 and any(index.url for index in (train, val, test) if index is not None):
         cache.clean()  # of what killed runs left
-    if train.classes != val.classes:
-        raise ConfigError(
-            f"--data has {len(train.classes)} classes and --val-data {len(val.classes)}, or in another order; "
-            "pack both with the same --class-list"
-        )
-    return train, val
+    for name, index in (("--val-data", val), ("--test-data", test)):
+        if index is not None and index.classes != train.classes:
+            off = f", or leave it out with --test-data {NO_TEST}" if index is test else ""
+            raise ConfigError(
+                f"--data has {len(train.classes)} classes and {name} {len(index.classes)}, or in another order; "
+                f"pack both with the same --class-list{off}"
+            )
+    return Sets(train, val, test)
 
 
 def keep_in_memory(config: Config, index: Index) -> bool:
@@ -108,8 +127,9 @@ def rest_warning(order: Order) -> list[str]:
     ]
 
 
-def data_lines(config: Config, world: World, train: Index, val: Index, order: Order, augment: str) -> list[str]:
+def data_lines(config: Config, world: World, sets: Sets, order: Order, augment: str) -> list[str]:
     """What the header says of the data."""
+    train, val, test = sets
     mixed = "".join(f", {n} {v:g}" for n, v in (("mixup", config.mixup), ("cutmix", config.cutmix)) if v)
     where = (
         "in memory" if keep_in_memory(config, train) else f"{len(train.shards)} shard(s), {config.workers} worker(s)"
@@ -120,9 +140,11 @@ def data_lines(config: Config, world: World, train: Index, val: Index, order: Or
         f"         {val.spec.num_samples:,} validation samples; augmentation {augment}{mixed}",
         *rest_warning(order),
     ]
+    if test is not None:
+        lines.insert(2, f"         {test.spec.num_samples:,} test samples, scored at each evaluation, never chosen by")
     if train.url and not keep_in_memory(config, train):
         lines.append(f"         {fetch_ahead.cache_line(train, order, world)}")
-    elif train.url or val.url:
+    elif any(index.url for index in sets if index is not None):
         lines.append(f"         remote, through {cache_folder()}: up to {config.cache_gb:g} GB")
     elif config.cache_gb != Config.model_fields["cache_gb"].default:
         lines.append(f"         --cache-gb {config.cache_gb:g} has no effect: the shards are on this machine")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dist_kd import compression, models, results
-from dist_kd.checkpoint import TrainState
+from dist_kd.checkpoint import ThirdSet, TrainState
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
 from dist_kd.contracts import World
@@ -34,7 +34,7 @@ from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import Runtime, StopRequests, start_runtime
-from dist_kd.sets import check_cache, data_lines, loader_settings, make_evaluator, open_sets
+from dist_kd.sets import Sets, check_cache, data_lines, loader_settings, make_evaluator, open_sets
 from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 
@@ -103,9 +103,17 @@ def prepare_teacher(config: Config, runtime: Runtime, networks: list, student_sp
 
 
 def score_teacher(
-    config: Config, runtime: Runtime, teacher: Teacher | Ensemble, evaluator: Evaluator, index: Index, spec, stopped
+    config: Config,
+    runtime: Runtime,
+    teacher: Teacher | Ensemble,
+    evaluator: Evaluator,
+    index: Index,
+    spec,
+    stopped,
+    split: str = "validation",
 ) -> Scores:
-    """The teacher on the validation set before step 1, through the student's own view; remembers its answers.
+    """The teacher on a set before step 1, through the student's own view, and the line that says so; remembers its
+    answers.
 
     Of several teachers each is scored and said first, then their mean, which is what teaches.
     """
@@ -116,10 +124,12 @@ def score_teacher(
         alone = sample.score(member)
         if not alone.complete:
             return alone
-        runtime.say(results.teacher_line(member.spec, alone))
+        runtime.say(results.teacher_line(member.spec, alone, split))
     scores = sample.score(teacher, remember=True)
     if sample is not evaluator:
         evaluator.share_answers(sample)
+    if scores.complete:
+        runtime.say(results.teacher_line(teacher.spec, scores, split))
     return scores
 
 
@@ -139,7 +149,8 @@ def teacher_warning(scores: Scores, num_classes: int) -> str | None:
 def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run, dict[str, Any]]:
     """The wired run, restored if there is something to resume, and the teacher's scores for the summary."""
     config, say = parsed.config, runtime.say
-    train, val = open_sets(config, runtime)
+    sets = open_sets(config, runtime)
+    train, val, test = sets
     start = find_start(config, folder, runtime)
     # the data is what is in it, wherever it lies
     data = {"data": train.spec.fingerprint, "val_data": val.spec.fingerprint}
@@ -182,6 +193,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
     evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
+    tester = make_evaluator(config, runtime, test, student_spec, stop.agreed) if test is not None else None
     augment = config.augment or train.spec.augment
     view = TrainView(augment, student_spec.image_size, config.seed)
     mixed = config.mixup or config.cutmix
@@ -217,17 +229,20 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         stop=stop,
         state=TrainState(),
         facts=facts,
+        tester=tester,
     )
     if start.checkpoint is not None:
         restore(run, start)
+    if test is not None and run.state.test.data != test.spec.fingerprint:
+        run.state.test = ThirdSet(test.spec.fingerprint)  # figures of another set are not these
     teacher_parameters = [sum(p.numel() for p in plain.parameters()) for plain in plain_teachers]
     for line in results.header(
-        config, run, layout, data_lines(config, runtime.world, train, val, order, augment), teacher_parameters
+        config, run, layout, data_lines(config, runtime.world, sets, order, augment), teacher_parameters
     ):
         say(line)
     if resharded:
         say(resharded)
-    run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, train, val, start))
+    run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, sets, start))
     if runtime.world.is_main:
         if stop.remove_stale_file():
             say("removed a STOP file older than this start")
@@ -243,28 +258,31 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             resumed_step=run.state.step if start.checkpoint else None,
             evaluated=run.state.evaluated_at == run.state.step,
         )
-    scores = None
+    scores = tested = None
     if plain_teachers:
         scores = score_teacher(config, runtime, teacher, evaluator, val, student_spec, stop.agreed)
-        if scores.complete:
+        if scores.complete and tester is not None:
+            tested = score_teacher(config, runtime, teacher, tester, test, student_spec, stop.agreed, "test")
+        if scores.complete and (tested is None or tested.complete):
             values = scores.values("teacher")
-            say(results.teacher_line(teacher.spec, scores))
-            note_unscored(run, scores.data)
+            note_unscored(run, scores.data, run.state.val_bad)
+            if tested is not None:
+                values |= tested.values("teacher/test")
+                note_unscored(run, tested.data, run.state.test.bad)
             warning = teacher_warning(scores, train.spec.num_classes)
             if warning:
                 say(warning)
             if run.state.step == 0:
                 run.state.val_bad = scores.data.bad
+                run.state.test.bad = tested.data.bad if tested is not None else {}
                 run.tracker.log(values | {"teacher/classes": float(teacher.spec.num_classes)}, 0, kind="teacher")
     if method.teacher_batch_norm:
         teacher.use_batch_statistics()  # after it was scored as it is used elsewhere
-    scored = (teacher.spec, scores) if scores is not None else None
+    scored = (teacher.spec, scores, tested) if scores is not None else None
     return run, {"teacher": scored, "teacher_parameters": teacher_parameters, "train": train}
 
 
-def _record(
-    parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, train: Index, val: Index, start: Start
-) -> str:
+def _record(parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, sets: Sets, start: Start) -> str:
     (folder.path / "config.yaml").write_text(config_yaml(parsed))
     facts = {
         "parameters": sum(p.numel() for p in run.student.parameters()),
@@ -275,7 +293,8 @@ def _record(
                 "classes": index.spec.num_classes,
                 "fingerprint": index.spec.fingerprint,
             }
-            for split, index in (("train", train), ("val", val))
+            for split, index in sets._asdict().items()
+            if index is not None
         },
     }
     device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else compression.cpu_name()

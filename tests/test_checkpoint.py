@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dist_kd import checkpoint
-from dist_kd.checkpoint import Snapshot, TrainState
+from dist_kd.checkpoint import Snapshot, ThirdSet, TrainState
 from dist_kd.contracts import DataCounters
 from dist_kd.errors import CheckpointError
 
@@ -19,6 +19,7 @@ from dist_kd.errors import CheckpointError
 def snapshot(step, best_step=-1, scale=1.0):
     bad = DataCounters({"decode": 2}, retries=1, epoch=3, in_epoch=1, first={"decode": "so"}, named=["sample 3"])
     state = TrainState(step=step, best_step=best_step, meter_sums=[0.1 + 0.2, 1e-300], data=bad)
+    state.test.add({"top1": 0.1 + 0.2}, 1 / 3)
     tensors = {"model": {"w": torch.arange(1000.0) * scale}, "ema": {"w": torch.ones(3)}}
     optimizer = {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}}
     return Snapshot(state, tensors, optimizer, {"settings": {"lr": 0.1}, "layout": {}, "data": "f"})
@@ -44,6 +45,27 @@ def test_a_checkpoint_of_schema_1_is_read(tmp_path):
     facts["state"]["bad_samples"], facts["schema"] = 4, 1
     (where / "state.json").write_text(json.dumps(facts))
     assert checkpoint.load(where, "cpu").state.data == DataCounters()
+
+
+def test_a_checkpoint_of_schema_2_is_read(tmp_path):
+    """It knew no test set."""
+    where = checkpoint.save(tmp_path, snapshot(7), keep=2)
+    facts = json.loads((where / "state.json").read_text())
+    del facts["state"]["test"]
+    facts["schema"] = 2
+    (where / "state.json").write_text(json.dumps(facts))
+    assert checkpoint.load(where, "cpu").state.test == ThirdSet()
+
+
+def test_the_three_figures_of_a_test_set():
+    """Last, where validation was best, and its own highest; of equals the first."""
+    test = ThirdSet("fingerprint")
+    for step, (val, own) in enumerate([(50, 60.0), (80, 70.0), (70, 75.0), (80, 75.0), (60, 65.0)], 1):
+        test.add({"top1": own, "step": step}, val)
+    assert test.evaluations == 5
+    assert test.last == {"top1": 65.0, "step": 5, "val_top1": 60}
+    assert test.chosen == {"top1": 70.0, "step": 2, "val_top1": 80}
+    assert test.highest == {"top1": 75.0, "step": 3, "val_top1": 70}
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):

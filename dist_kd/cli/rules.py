@@ -97,6 +97,7 @@ def _data(where: str, origin: str) -> str:
 NAMES: dict[str, Callable[[str, str], str]] = {
     "data": _data,
     "val_data": _data,
+    "test_data": _data,
     "arch": _network,
     "teacher_arch": _networks,
     "augment": _augment,
@@ -166,7 +167,7 @@ IDLE: dict[str, Idle] = {
     "allow_reshard": Idle("resume", lambda c: c.allow_reshard and c.resume == "never", "with --resume never"),
     "loader_timeout": Idle(
         "workers",
-        lambda c: c.workers == 0 and not _is_remote(c.data) and not _is_remote(c.val_data),
+        lambda c: c.workers == 0 and not any(map(_is_remote, (c.data, c.val_data, c.test_data))),
         "with --workers 0 and data on this machine, where nothing is waited for",
     ),
 }

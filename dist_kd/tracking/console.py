@@ -84,6 +84,9 @@ def score_line(values: dict[str, float], step: int, total_steps: int, kind: str)
         words.append(f"{values[f'{kind}/samples']:.0f} samples")
     if f"{kind}/seconds" in values:
         words.append(f"in {values[f'{kind}/seconds']:.1f} s")
+    test = "test" if kind == "val" else f"{kind}/test"
+    if f"{test}/top1" in values:
+        words.append(f"test top-1 {_number(values[f'{test}/top1'], 2)} %")
     return "  ".join(words)
 
 

@@ -26,6 +26,7 @@ def test_plain_lines_are_what_a_log_file_should_hold():
     tracker.note("loss = CE [not markup]")
     tracker.log(TRAIN, 1000)
     tracker.log(VAL, 1000, kind="val")
+    tracker.log({"val/top1": 61.2, "test/top1": 59.4, "test/samples": 900.0}, 1000, kind="val")
     tracker.log({}, 1000, kind="resume")
     tracker.close("done")
     assert stream.getvalue().splitlines() == [
@@ -34,6 +35,7 @@ def test_plain_lines_are_what_a_log_file_should_hold():
         "200.0 ms/step (data 5 %, teacher 45 %)  1280 images/s",
         "step 1000/1000  validation  top-1 61.20 %  top-5 90.00 %  agreement 70.50 %  ECE 3.25 %  loss 1.500  "
         "1000 samples  in 2.5 s",
+        "step 1000/1000  validation  top-1 61.20 %  test top-1 59.40 %",
         "resumed at step 1000",
     ]
 

@@ -12,7 +12,7 @@ UNITS = {"", "%", "nats", "ms", "s", "samples", "epochs", "steps", "images/s", "
 def test_every_key_has_section_unit_and_meaning():
     for name, key in KEYS.items():
         section, _, rest = name.partition("/")
-        assert section in {"train", "time", "data", "val", "teacher"} and rest
+        assert section in {"train", "time", "data", "val", "test", "teacher"} and rest
         assert key.unit in UNITS
         assert len(key.meaning) > 10 and "\n" not in key.meaning and key.meaning.isascii()
 

@@ -72,7 +72,7 @@ def final_state(folder: Path) -> dict:
     assert not refused
     snapshot = checkpoint.load(found, "cpu")
     lines = [
-        {k: v for k, v in line.items() if not k.startswith("time/") and k != "val/seconds"}
+        {k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith("/seconds")}
         for line in read_metrics(folder / "metrics.jsonl")
         if line["kind"] != "resume"
     ]
@@ -83,6 +83,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
     """Bit for bit."""
     a, b = ours["snapshot"], theirs["snapshot"]
     assert a.state.step == b.state.step
+    assert a.state.test == b.state.test
     assert a.tensors.keys() == b.tensors.keys()
     for stem in a.tensors:
         for name, tensor in a.tensors[stem].items():
