@@ -54,6 +54,13 @@ def test_gpu_kd(tmp_path):
     assert losses["ours"] == pytest.approx(losses["timm's"], rel=1e-4)  # both do the same work
 
 
+def test_allocator(tmp_path):
+    out = run("allocator.py", "--tiny", "--rounds", "2", "--steps", "1", "--json", str(tmp_path / "allocator.json"))
+    assert "cnn_small, 8 x 32 px" in out and "freed memory kept or given back" in out
+    found = json.loads((tmp_path / "allocator.json").read_text())["cnn_small"]
+    assert [len(found["seconds"][name]) for name in ("kept", "given back")] == [2, 2]
+
+
 def test_methods(tmp_path):
     out = run("methods.py", "--tiny", "--methods", "dist", "--json", str(tmp_path / "methods.json"))
     assert "| method " in out and "step / ce" in out
