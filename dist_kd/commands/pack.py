@@ -1,4 +1,4 @@
-"""`dist-kd pack SOURCE DEST`: an image folder or a known data set -> indexed shards in DEST/train and DEST/val."""
+"""`dist-kd pack SOURCE DEST`: an image folder or a known data set -> indexed shards in DEST/train, val and test."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
         source,
         args.dest,
         val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
         limit_per_class=args.limit_per_class,
         augment=args.augment,
         resize=args.resize,
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="a folder with one subfolder per class, or with train/ and val/ (or test/) of that form, or one of "
         + ", ".join(SOURCES),
     )
-    p.add_argument("dest", metavar="DEST", type=Path, help="folder to make: DEST/train, and DEST/val if there is one")
+    p.add_argument("dest", metavar="DEST", type=Path, help="folder to make: DEST/train, DEST/val and DEST/test")
     p.add_argument("--root", type=Path, metavar="DIR", help="where torchvision keeps the files of a known set")
     p.add_argument("--download", action="store_true", help="let torchvision fetch a known set into --root")
     p.add_argument(
@@ -82,6 +83,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="F",
         help="hold out this part of each class of the training images, 0 to 1, by a hash of their paths (not of the "
         "seed); the source's own val or test is then DEST/test",
+    )
+    p.add_argument(
+        "--test-fraction",
+        type=float,
+        metavar="F",
+        help="for a source without a test set: hold out this part of each class as DEST/test, the very images that "
+        "--val-fraction F alone would hold out; --val-fraction is then of what remains",
     )
     p.add_argument("--limit-per-class", type=count, metavar="K", help="at most K images of each class in each split")
     p.add_argument(

@@ -38,6 +38,7 @@ def pack_source(
     dest: Path,
     *,
     val_fraction: float | None = None,
+    test_fraction: float | None = None,
     limit_per_class: int | None = None,
     augment: str | None = None,
     **options,
@@ -45,10 +46,10 @@ def pack_source(
     """Pack every split of a source into DEST/train, DEST/val (and DEST/test); the indexes by split.
 
     A source's own test split becomes val if it has no other. `val_fraction` holds out that part of each class of train
-    (and the source's own held-out split is then test). `limit_per_class` counts in each split. `options` are those of
-    pack_images.
+    (and the source's own held-out split is then test). `test_fraction` holds out test so before, where a source has
+    none; val is then of what remains. `limit_per_class` counts in each split. `options` are those of pack_images.
     """
-    splits = divided(source, val_fraction)
+    splits = divided(source, val_fraction, test_fraction)
     if limit_per_class is not None:
         splits = {split: limited(items, limit_per_class) for split, items in splits.items()}
     return {
@@ -65,9 +66,20 @@ def pack_source(
     }
 
 
-def divided(source: Source, val_fraction: float | None) -> dict[str, list[Item]]:
+def divided(source: Source, val_fraction: float | None, test_fraction: float | None = None) -> dict[str, list[Item]]:
     """The splits to be packed, training first, as pack_source says."""
     splits = dict(source.splits)
+    if test_fraction is not None:
+        if "test" in splits or ("val" in splits and val_fraction is not None):
+            own = "test" if "test" in splits else "val"
+            raise ConfigError(
+                f"`--test-fraction {test_fraction}` is for a source without a test set, but `{source.name}` has {own} "
+                "of its own; leave it out"
+            )
+        splits["train"], splits["test"] = _held_out(source, splits["train"], "--test-fraction", test_fraction)
+        if val_fraction is not None:
+            splits["train"], splits["val"] = _held_out(source, splits["train"], "--val-fraction", val_fraction)
+        return splits
     if val_fraction is None:
         if "val" not in splits and "test" in splits:
             splits["val"] = splits.pop("test")
@@ -78,13 +90,19 @@ def divided(source: Source, val_fraction: float | None) -> dict[str, list[Item]]
             "test already; leave it out"
         )
     own = splits.get("val") or splits.get("test")
-    train, val = hold_out(splits["train"], val_fraction)
-    if not val:
-        raise ConfigError(
-            f"`--val-fraction {val_fraction}` holds out nothing of `{source.name}`: it rounds to 0 images in each "
-            "class; choose a larger one"
-        )
+    train, val = _held_out(source, splits["train"], "--val-fraction", val_fraction)
     return {"train": train, "val": val, **({"test": own} if own else {})}
+
+
+def _held_out(source: Source, items: list[Item], flag: str, fraction: float) -> tuple[list[Item], list[Item]]:
+    """hold_out's (kept, held out); ConfigError if that is nothing."""
+    kept, held = hold_out(items, fraction, flag)
+    if not held:
+        raise ConfigError(
+            f"`{flag} {fraction}` holds out nothing of `{source.name}`: it rounds to 0 images in each class; choose a "
+            "larger one"
+        )
+    return kept, held
 
 
 def pack_images(

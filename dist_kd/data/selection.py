@@ -16,13 +16,13 @@ from dist_kd.data.sources import Item
 from dist_kd.errors import ConfigError, DataError
 
 
-def hold_out(items: list[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+def hold_out(items: list[Item], fraction: float, flag: str = "--val-fraction") -> tuple[list[Item], list[Item]]:
     """(kept, held out): of each class the nearest whole number to its `fraction`, the first by a hash of their keys.
 
     So the split depends on the images' relative paths alone: not on a seed, the machine or the order of listing.
     """
     if not 0 < fraction < 1:
-        raise ConfigError(f"`--val-fraction` is `{fraction}`, but must be between 0 and 1, such as 0.2")
+        raise ConfigError(f"`{flag}` is `{fraction}`, but must be between 0 and 1, such as 0.2")
     chosen: set[str] = set()
     for of_class in _by_class(items).values():
         count = min(int(fraction * len(of_class) + 0.5), len(of_class) - 1)  # training keeps at least one

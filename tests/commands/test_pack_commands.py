@@ -54,6 +54,13 @@ def test_pack_says_what_it_made(photos, capsys):
     assert "tar:" not in capsys.readouterr().out
 
 
+def test_pack_holds_out_a_test_set_too(photos, capsys):
+    out = packed(photos, "--test-fraction", "0.25", "--val-fraction", "0.2")
+    said = capsys.readouterr().out
+    for split, samples in (("train", 10), ("val", 2), ("test", 4)):
+        assert f"{out}/{split}: {samples} samples of 2 classes" in said
+
+
 def test_pack_says_that_nothing_is_held_out(photos, capsys):
     packed(photos, "--augment", "flip", "--limit-per-class", "3")
     said = capsys.readouterr().out

@@ -323,6 +323,31 @@ def test_splits_find_their_names():
         splits(0.01)
 
 
+def test_a_test_set_is_held_out_before_the_validation_set():
+    items = items_of({0: 50, 1: 20}, width=1, height=1)
+    source = Source("s", ("a", "b"), "none", {"train": items})
+    keys = lambda found: {split: {item.key for item in of} for split, of in found.items()}  # noqa: E731
+    alone, both = (keys(pack.divided(source, fraction, 0.2)) for fraction in (None, 0.1))
+    assert keys(pack.divided(source, 0.2)) == {"train": alone["train"], "val": alone["test"]}  # the very same images
+    assert alone["test"] == both["test"] and {s: len(of) for s, of in both.items()} == {
+        "train": 50, "val": 6, "test": 14,
+    }  # fmt: skip
+    assert both["train"] | both["val"] == alone["train"] and not both["train"] & both["val"]
+
+
+def test_a_test_set_is_held_out_only_where_there_is_none():
+    items = items_of({0: 10}, width=1, height=1)
+    own = {split: Source("s", ("a",), "none", {"train": items, split: items[:3]}) for split in ("val", "test")}
+    assert {s: len(of) for s, of in pack.divided(own["val"], None, 0.2).items()} == {"train": 8, "val": 3, "test": 2}
+    with pytest.raises(ConfigError, match="`s` has test of its own"):
+        pack.divided(own["test"], None, 0.2)
+    with pytest.raises(ConfigError, match="`s` has val of its own"):
+        pack.divided(own["val"], 0.1, 0.2)
+    for fraction, words in ((0.01, "`--test-fraction 0.01` holds out nothing"), (1.0, "`--test-fraction` is `1.0`")):
+        with pytest.raises(ConfigError, match=words):
+            pack.divided(Source("s", ("a",), "none", {"train": items}), None, fraction)
+
+
 def test_cuts_are_even_and_within_limits():
     assert list(selection.cuts([1] * 10, 100, 4)) == [(0, 3), (3, 6), (6, 10)]
     assert list(selection.cuts([50] * 10, 200, 100)) == [(0, 3), (3, 6), (6, 10)]
