@@ -15,7 +15,7 @@ from dist_kd.report.style import STYLE
 from dist_kd.report.sweep_table import Arm, Results
 from dist_kd.report.tables import Table
 
-SIZE = (7.2, 3.9)  # inches of 72 units; text is then about 12 px high on a page 700 px wide
+SIZE = (6.6, 3.7)  # inches of 72 units; text is then about 12 px high on a page 700 px wide
 LOG_FROM = 20  # largest value / smallest, from which the axis is logarithmic
 APART = 0.035  # least distance of two tick labels, as a share of the axis
 
@@ -34,7 +34,9 @@ def positions(arms: Sequence[Arm]) -> tuple[list[float], str]:
 
 
 def _ticks(places: Sequence[float], labels: Sequence[str], scale: str) -> tuple[list[float], list[str]]:
-    """A tick at each value that was tried, but for those whose labels would run into the one before."""
+    """A tick at each value that was tried, but for numbers whose labels would run into the one before."""
+    if scale == "category":
+        return list(places), list(labels)
     along = [math.log(x) for x in places] if scale == "log" else list(places)
     least = APART * ((max(along) - min(along)) or 1)
     kept: list[int] = []
@@ -85,7 +87,7 @@ def _paint(axes, results: Results) -> None:
     series(results.arms, places, series_color(0), "o", "with teacher" if results.twins else "")
 
     ticks, labels = _ticks(places, [arm.label for arm in results.arms], scale)
-    turned = scale == "category" and sum(len(label) + 3 for label in labels) > 90
+    turned = scale == "category" and sum(len(label) + 3 for label in labels) > 80
     axes.set_xticks(ticks, labels, rotation=25 if turned else 0, ha="right" if turned else "center")
     axes.minorticks_off()
     axes.grid(False, axis="x")
@@ -110,8 +112,8 @@ def plot(results: Results) -> str:
 def render(results: Results, table: Table) -> str:
     """The page. It is a pure function of its arguments."""
     svg = plot(results)
-    band = ", its plain twin's band likewise" if len(results.twins) == 1 else ""
-    caption = f"Mean and standard deviation over seeds{band}; the small dots are the seeds, in the same order."
+    twin = "; the band is that of the plain twin" if len(results.twins) == 1 else ""
+    caption = f"Mean and standard deviation over seeds{twin}. Small dots: the seeds, from left to right."
     figure = (
         f'<figure style="max-width:760px;margin:0" role="img" aria-label="{escape(table.name)}">{svg}'
         f"<figcaption>{text_html(caption)}</figcaption></figure>"

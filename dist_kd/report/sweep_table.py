@@ -15,9 +15,9 @@ from dist_kd.report.tables import NONE, Table, spread, with_unit
 
 # summary.json's student.test, where a test set took no part in any choice -> what a column says of it
 TEST_SCORES = {
-    "last": ">Test top-1 (%), last epoch",
-    "chosen": ">Test top-1 (%), epoch chosen on validation",
-    "highest": ">Test top-1 (%), highest of all epochs",
+    "last": ">Test top-1, last epoch (%)",
+    "chosen": ">Test top-1, epoch chosen on validation (%)",
+    "highest": ">Test top-1, highest of all epochs (%)",
 }
 
 
@@ -62,8 +62,9 @@ class Results:
 
     @property
     def name(self) -> str:
-        """The setting, with the unit of its values."""
-        return with_unit(self.setting)
+        """The setting, with the unit of its values where its name does not say it."""
+        name = with_unit(self.setting)
+        return self.setting if name == f"{self.setting} ({self.setting})" else name
 
     @property
     def rows(self) -> list[Arm]:
@@ -114,20 +115,26 @@ def table(results: Results) -> Table:
         rows.append((arm.label, *scores, *against, *tests, _runs(arm)))
     columns = (
         results.name,
-        ">Top-1 (%), last epoch",
-        ">Top-1 (%), best epoch",
-        *([">To the twin (points, 95 % interval)"] if twins else []),
+        ">Last top-1 (%)",
+        ">Best top-1 (%)",
+        *([">To the twin (points)"] if twins else []),
         *(TEST_SCORES[which] for which in tested),
-        "Runs done",
+        "Runs",
     )
     return Table(f"Top-1 over {results.setting}", columns, tuple(rows), _note(results))
+
+
+def _evaluations(results: Results) -> str:
+    """Of how many the best was chosen, if it is the same in all runs."""
+    found = {n for arm in results.rows for n in arm.figures(lambda run: run.best.get("evaluations")).values()}
+    return f"{found.pop():.0f} " if len(found) == 1 else ""
 
 
 def _note(results: Results) -> str:
     """What the columns are, and what must not be read out of them."""
     parts = [
-        "Top-1 on the validation set, mean \u00b1 standard deviation over seeds. Best epoch: the highest of a run's "
-        "evaluations, chosen on the set it is reported on, and therefore optimistic."
+        "Top-1 on the validation set, mean \u00b1 standard deviation over seeds. Best: the highest of a run's "
+        f"{_evaluations(results)}evaluations, chosen on the set it is reported on, and therefore optimistic."
     ]
     if results.twins:
         parts.append(
@@ -137,7 +144,11 @@ def _note(results: Results) -> str:
         )
     if "highest" in results.tested:
         parts.append("The highest test score of all epochs is chosen on the test set, and therefore optimistic too.")
-    confirm = "by the test columns of the last or the chosen epoch" if results.tested else "by `dist-kd evaluate RUN`"
+    confirm = (
+        "as by the test columns of the last or the chosen epoch"
+        if results.tested
+        else "by `dist-kd evaluate RUN --data TEST`"
+    )
     parts.append(
         "To choose a value by this table is to select on the validation set: confirm the winner on data that took no "
         f"part in it, {confirm}."
@@ -203,7 +214,7 @@ def write(folder: Path, results: Results) -> str:
 
     found = table(results)
     note = found.note.replace("\u00b1", "+-")
-    text = f"{markdown(found)}\n\n{note}"
+    text = f"{markdown(found)}\n\n{note}"  # ASCII, as a terminal of any kind shows it
     files = {
         "sweep.json": json.dumps(facts(results), indent=1) + "\n",
         "sweep.md": f"# {found.name}\n`{results.command}`\n\n{text}\n",
