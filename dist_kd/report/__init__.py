@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_kd.report.compare import Group, compare, gap_sentence, group_runs
-from dist_kd.report.folder import RunRecord, is_run_folder, read_run
+from dist_kd.report.folder import TEST_SCORES, RunRecord, is_run_folder, read_run
 
 FIGURES = ("top1", "top5", "loss", "ece", "agreement")
 
@@ -26,6 +27,7 @@ def _run_facts(run: RunRecord) -> dict[str, Any]:
         "seed": run.seed,
         "last": run.last,
         "best": run.best,
+        "test": {which: found for which in TEST_SCORES if (found := run.test(which))} or None,
         "teacher": {"arch": run.teacher_arch, **run.teacher} if run.teacher else None,
         "resumed_at": run.resumes,
         "timing": timing(run),
@@ -47,6 +49,7 @@ def _group_facts(group: Group) -> dict[str, Any]:
         "seeds": [run.seed for run in group.runs],
         "last": figures(group.last),
         "best": figures(group.best),
+        "test": {which: figures(partial(group.test, which)) for which in TEST_SCORES},
     }
 
 

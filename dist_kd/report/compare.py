@@ -69,6 +69,10 @@ class Group:
     def best(self, figure: str) -> Spread | None:
         return Spread.of([run.best.get(figure) for run in self.runs])
 
+    def test(self, which: str, figure: str) -> Spread | None:
+        """Of the test set at the `last`, the `chosen` or the `highest` evaluation."""
+        return Spread.of([run.test(which).get(figure) for run in self.runs])
+
     def teacher(self, figure: str) -> float | None:
         """The teacher's figure; it is the same network in all runs of a group."""
         return next((run.teacher[figure] for run in self.runs if figure in run.teacher), None)
@@ -208,9 +212,17 @@ OPENING = {
 
 
 def gap_sentence(
-    plain: list[float], distilled: list[float], teacher: float | None, *, paired: bool | None = None
+    plain: list[float],
+    distilled: list[float],
+    teacher: float | None,
+    *,
+    paired: bool | None = None,
+    on: str = "",
 ) -> str:
-    """Whether distillation helped, by how much, against the seeds' spread. Top-1 in percent, one value a seed."""
+    """Whether distillation helped, by how much, against the seeds' spread. Top-1 in percent, one value a seed.
+
+    `on` names the set that the figures are of, where that has to be said.
+    """
     found = difference(plain, distilled, paired)
     if found is None:
         return "Nothing to compare: it takes finished runs of the student alone and of the distilled student."
@@ -223,35 +235,47 @@ def gap_sentence(
         closed = "the teacher's score is unknown" if teacher is None else f"the teacher has {teacher:.2f} %"
     remedy = " Run at least 3 seeds of each." if found.verdict == "unknown" else ""
     return (
-        f"{OPENING[found.verdict]}: top-1 is {found.distilled:.2f} % distilled and {found.plain:.2f} % alone, "
+        f"{OPENING[found.verdict]}: top-1{on} is {found.distilled:.2f} % distilled and {found.plain:.2f} % alone, "
         f"{found.points:+.2f} points ({interval}{found.seeds}); {closed}.{remedy}"
     )
 
 
+def tested_alike(*groups: Group) -> bool:
+    """Whether all runs have scores of one and the same test set, which nothing was chosen by."""
+    runs = [run for group in groups for run in group.runs]
+    sets = {str(at(run.run, "data", "test", "fingerprint")) for run in runs}
+    return all("top1" in run.test("last") for run in runs) and len(sets) == 1
+
+
 def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One comparison per distilled group that has a plain twin: the sentence and its figures."""
+    """One comparison per distilled group that has a plain twin: the sentence and its figures, of the last evaluations.
+
+    They are of the test set where all runs have one and the same, else of the validation set; `set` says which.
+    """
     found = []
     for group in (g for g in groups if not g.is_plain and g.last("top1")):
         twin = plain_twin(group, groups)
         if twin is None:
             continue
         plain, differs = twin
+        tested = tested_alike(plain, group)
         seeds = [[run.seed for run in g.runs if "top1" in run.last] for g in (plain, group)]
         paired = seeds[0] == seeds[1] and None not in seeds[0]
-        values = [list(g.last("top1").values) for g in (plain, group)]
-        teacher = group.teacher("top1")
+        values = [list((g.test("last", "top1") if tested else g.last("top1")).values) for g in (plain, group)]
+        teacher = group.teacher("test/top1" if tested else "top1")
         result = difference(*values, paired)
         found.append(
             {
                 "distilled": group.label,
                 "plain": plain.label,
+                "set": "test" if tested else "val",
                 "teacher_top1": teacher,
                 "points": result.points,
                 "half_width_95": result.half_width,
                 "verdict": result.verdict,
                 "gap_closed_percent": gap_share(result.plain, result.distilled, teacher)[0],
                 "differs_also_in": differs,
-                "sentence": gap_sentence(*values, teacher, paired=paired),
+                "sentence": gap_sentence(*values, teacher, paired=paired, on=" on the test set" if tested else ""),
             }
         )
     return found

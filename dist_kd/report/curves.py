@@ -38,6 +38,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("train/top1", "Training top-1"),
         Panel("val/top5", "Validation top-5", "top5"),
         Panel("train/top5", "Training top-5"),
+        Panel("test/top1", "Test top-1, never chosen by", "test/top1"),
+        Panel("test/loss", "Test loss, cross-entropy", "test/loss"),
         Panel("val/loss", "Validation loss, cross-entropy", "loss"),
         Panel("train/loss", "Training loss, each by its own formula"),
     ),
@@ -81,7 +83,7 @@ class Plot(NamedTuple):
 def _points(run: RunRecord, key: str, by_epoch: bool) -> list[tuple[float, float]]:
     scale = (run.epochs_per_step or 1.0) if by_epoch else 1.0
     points = []
-    for line in run.of_kind("val" if key.startswith("val/") else "train"):
+    for line in run.of_kind("val" if key.startswith(("val/", "test/")) else "train"):
         if key in line:
             x, y = number(line.get("step")), number(line[key])
             if x is not None:

@@ -23,6 +23,13 @@ WITHOUT = {
     "compression.json": "sizes and latency are unknown",
 }
 
+# what a run says of its test set -> what a column calls it
+TEST_SCORES = {
+    "last": ">Test top-1, last epoch (%)",
+    "chosen": ">Test top-1, epoch chosen on validation (%)",
+    "highest": ">Test top-1, highest of all epochs (%)",
+}
+
 
 def number(value: Any) -> float | None:
     """`value` as a finite float, or None for anything else (also for True: a flag is no figure)."""
@@ -117,12 +124,32 @@ class RunRecord:
         lines = self.of_kind("val")
         if not lines:
             return {}
-        return _figures({key.removeprefix("val/"): value for key, value in lines[which].items()})
+        known = {key.removeprefix("val/"): value for key, value in lines[which].items()}
+        return _figures({key: value for key, value in known.items() if "/" not in key})
+
+    def test(self, which: str) -> dict[str, float]:
+        """The test set's scores at the `last` evaluation, the one `chosen` on the validation set, or its `highest`,
+        with `evaluations`: out of how many; empty without a test set."""
+        found = _figures(at(self.summary, "student", "test", which))
+        if found or self.summary:
+            return found
+        lines = [line for line in self.of_kind("val") if number(line.get("test/top1")) is not None]
+        if not lines:
+            return {}
+        by = {"chosen": "val/top1", "highest": "test/top1"}.get(which)
+        line = lines[-1] if by is None else max(lines, key=lambda line: number(line.get(by)) or -1.0)
+        scores = {key.removeprefix("test/"): value for key, value in line.items() if key.startswith("test/")}
+        place = {"step": line.get("step"), "epoch": line.get("val/epoch"), "evaluations": len(lines)}
+        return _figures(scores | place)
 
     @property
     def teacher(self) -> dict[str, float]:
-        """The teacher's scores: top1, top5, loss, ece, samples, as far as known; empty without a teacher."""
+        """The teacher's scores: top1, top5, loss, ece, samples, as far as known; empty without a teacher.
+
+        Those on the test set stand beside them as test/top1 and so on.
+        """
         found = _figures(self.summary.get("teacher"))
+        found |= {f"test/{k}": v for k, v in _figures(at(self.summary, "teacher", "test")).items()}
         for line in self.of_kind("teacher")[:1]:
             found = (
                 _figures({k.removeprefix("teacher/"): v for k, v in line.items() if k.startswith("teacher/")}) | found

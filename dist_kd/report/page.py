@@ -93,12 +93,15 @@ def cards_html(groups: Sequence[Group], comparisons: Sequence[dict[str, Any]]) -
     distilled = by_label.get(comparisons[0]["distilled"]) if comparisons else None
     distilled = distilled or next((g for g in groups if not g.is_plain), None)
     plain = by_label.get(comparisons[0]["plain"]) if comparisons else next((g for g in groups if g.is_plain), None)
+    tested = bool(comparisons) and comparisons[0]["set"] == "test"
+    top1 = "test top-1" if tested else "top-1"
     cards = []
-    if distilled is not None and distilled.teacher("top1") is not None:
-        arch = distilled.runs[0].teacher_arch
-        cards.append(_card("Teacher top-1", f"{distilled.teacher('top1'):.2f} %", arch))
-    for title, group, main in (("Student alone, top-1", plain, False), ("Student distilled, top-1", distilled, True)):
-        found = group.last("top1") if group else None
+    own = distilled.teacher("test/top1" if tested else "top1") if distilled is not None else None
+    if own is not None:
+        cards.append(_card(f"Teacher {top1}", f"{own:.2f} %", distilled.runs[0].teacher_arch))
+    for title, group, main in (("Student alone", plain, False), ("Student distilled", distilled, True)):
+        title = f"{title}, {top1}"
+        found = (group.test("last", "top1") if tested else group.last("top1")) if group else None
         if found:
             spread = "1 run" if found.sd is None else f"\u00b1 {found.sd:.2f}, {len(found.values)} runs"
             cards.append(_card(title, f"{found.mean:.2f} %", spread, main))

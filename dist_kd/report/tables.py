@@ -9,7 +9,7 @@ from typing import Any
 from dist_kd.config import Config
 from dist_kd.report.compare import Group, Spread
 from dist_kd.report.curves import PARTS
-from dist_kd.report.folder import RunRecord, at, mapping, number
+from dist_kd.report.folder import TEST_SCORES, RunRecord, at, mapping, number
 
 NONE = "-"
 
@@ -73,6 +73,7 @@ def shown(value: Any) -> str:
 
 def headline(groups: Sequence[Group]) -> Table:
     """Teacher, students alone, students distilled: the last evaluation, and beside it the best, named as what it is."""
+    tested = [which for which in TEST_SCORES if any(group.test(which, "top1") for group in groups)]
     rows: list[tuple[str, ...]] = []
     teachers = {}
     for group in groups:
@@ -83,7 +84,9 @@ def headline(groups: Sequence[Group]) -> Table:
         scores = run.teacher
         figures = [percent(scores.get(k)) for k in ("top1", "top5")]
         loss = f"{scores['loss']:.4f}" if "loss" in scores else NONE
-        rows.append((f"Teacher: {arch}", "before training", NONE, *figures, NONE, loss, count(scores.get("samples"))))
+        cells = [f"Teacher: {arch}", "before training", NONE, *figures, NONE, loss, count(scores.get("samples"))]
+        tests = [percent(scores.get("test/top1")) if which == "last" else NONE for which in tested]
+        rows.append((*cells, *tests))
     strong = set()
     for group in groups:
         evaluations = [int(run.best["evaluations"]) for run in group.runs if "evaluations" in run.best]
@@ -101,6 +104,7 @@ def headline(groups: Sequence[Group]) -> Table:
                 best,
                 spread(group.last("loss"), 4),
                 count(samples.mean if samples else None),
+                *(spread(group.test(which, "top1")) for which in tested),
             )
         )
     columns = (
@@ -112,12 +116,18 @@ def headline(groups: Sequence[Group]) -> Table:
         ">Best top-1 (%)",
         ">Loss (nats)",
         ">Samples",
+        *(TEST_SCORES[which] for which in tested),
     )
     note = (
         "Top-1, top-5 and loss are of the last evaluation: mean \u00b1 standard deviation over runs that differ in "
         "nothing but the seed. Best is the highest of several evaluations, chosen on the very set it is reported on, "
         "and therefore optimistic."
     )
+    if tested:
+        note += (
+            " The test set took no part in training or choosing; its highest score of all epochs is chosen on the "
+            "test set itself, as published figures often are, and therefore optimistic too."
+        )
     return Table("Results", columns, tuple(rows), note, frozenset(strong))
 
 
@@ -292,7 +302,7 @@ def skipped(groups: Sequence[Group]) -> Table | None:
         }
         seen = {k: v for k, v in (lines[-1] if lines else {}).items() if k.startswith("data/bad/")}
         kinds = mapping(facts.get("bad_samples", {k.removeprefix("data/bad/"): v for k, v in seen.items()}))
-        unscored = number(at(run.of_kind("val"), -1, "val/bad_samples"))
+        unscored = [number(at(run.of_kind("val"), -1, f"{split}/bad_samples")) for split in ("val", "test")]
         total = number(facts.get("bad_samples_total"))
         if total is None:
             total = sum(number(v) or 0 for v in kinds.values()) if "bad_samples" in facts else live["bad_samples"]
@@ -301,7 +311,7 @@ def skipped(groups: Sequence[Group]) -> Table | None:
         retries = number(facts.get("retries", live["retries"]))
         steps = number(facts.get("skipped_steps", lines[-1].get("train/skipped_steps") if lines else None))
         if any(value is not None for value in (total, left_out, retries, steps)):
-            figures = (count(unscored), count(retries), count(steps))
+            figures = (*(count(bad) for bad in unscored), count(retries), count(steps))
             rows.append((run.name, count(left_out), count(total), reasons or NONE, *figures))
     columns = (
         "Run",
@@ -309,12 +319,14 @@ def skipped(groups: Sequence[Group]) -> Table | None:
         ">Damaged samples",
         "Kinds of damage",
         ">Damaged in validation",
+        ">Damaged in test",
         ">Reads repeated",
         ">Steps skipped (fp16)",
     )
     note = (
         "Left out: samples that do not fill a batch, others in each epoch. Damaged samples keep their place with "
-        "weight 0, each epoch anew; in validation they are not scored. Steps are skipped where fp16 gradients overflow."
+        "weight 0, each epoch anew; in validation and test they are not scored. Steps are skipped where fp16 gradients "
+        "overflow."
     )
     return Table("What was skipped", columns, tuple(rows), note) if rows else None
 
@@ -323,7 +335,7 @@ def data(groups: Sequence[Group]) -> Table | None:
     """The sets of samples: one row for each that differs."""
     rows: dict[tuple[str, ...], None] = {}
     for run in (run for group in groups for run in group.runs):
-        for split, text in (("train", "training"), ("val", "validation")):
+        for split, text in (("train", "training"), ("val", "validation"), ("test", "test")):
             facts = mapping(at(run.run, "data", split))
             if facts:
                 fingerprint = str(facts.get("fingerprint") or NONE)[:16]

@@ -116,6 +116,26 @@ def test_comparison_takes_last_evaluations_and_the_nearest_twin(runs, make_run):
     assert far["verdict"] == "unknown"
 
 
+def test_comparison_is_of_the_test_set_where_all_runs_have_the_same(runs, make_run):
+    """All figures two points lower than on the validation set, the teacher's too, so the share of the gap stays."""
+    tested = [
+        make_run(f"{kd}-{seed}", seed=seed, kd=kd, final=final, test="t")
+        for kd, finals in ((False, (85.0, 85.5, 84.5)), (True, (88.0, 88.75, 87.25)))
+        for seed, final in enumerate(finals)
+    ]
+    (found,) = compare(group_runs([read_run(path) for path in tested]))
+    assert found["set"] == "test" and found["gap_closed_percent"] == pytest.approx(100 * 3 / 6.5)
+    assert found["sentence"] == (
+        "Distillation helped: top-1 on the test set is 86.00 % distilled and 83.00 % alone, +3.00 points (95 % "
+        "interval +2.38 to +3.62, 3 paired seeds); that closes 46 % of the gap to the teacher's 89.50 %."
+    )
+    mixed = [*runs[:3], make_run("other", seed=0, final=88.0, test="t")]  # one side only
+    other = [tested[0], make_run("another-set", seed=0, final=88.0, test="u")]
+    for part in (mixed, other):
+        (found,) = compare(group_runs([read_run(path) for path in part]))
+        assert found["set"] == "val" and "top-1 is 88.00 % distilled and 85.00 % alone" in found["sentence"]
+
+
 def test_another_student_is_no_twin(runs, make_run):
     other = make_run("bigger", seed=0, kd=False, arch="wide_cnn")
     assert compare(group_runs([read_run(path) for path in [other, *runs[3:]]])) == []

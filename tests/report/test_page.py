@@ -77,7 +77,7 @@ def test_in_a_browser_the_page_has_its_curves_and_numbers_and_asks_nobody(page, 
     log = tmp_path / "net.json"
     dom = Dom(browser(page, f"--log-net-log={log}", "--dump-dom"))
 
-    every = {panel.key for panels in SECTIONS.values() for panel in panels}
+    every = {panel.key for panels in SECTIONS.values() for panel in panels if not panel.key.startswith("test/")}
     assert dom.curves.keys() == every | {"time/step_ms"}
     for key in every:
         alone = [points for color, points in dom.curves[key] if color == "var(--s0)"]
@@ -190,6 +190,17 @@ def test_a_running_run_is_shown_with_what_is_missing(make_run, tmp_path):
     dom = Dom(html)
     assert [points for _, points in dom.curves["val/top1"]] == [3]
     assert "so far" in next(row for row in dom.rows if row[0].startswith("Student distilled"))
+
+
+def test_a_test_set_has_its_curves_and_its_cards(make_run, tmp_path):
+    paths = [make_run("plain", kd=False, final=85.0, test="t"), make_run("kd", final=88.0, test="t")]
+    report = write_report(paths, tmp_path / "r.html")
+    page = Dom((tmp_path / "r.html").read_text())
+    assert report["problems"] == [] and report["runs"][1]["test"]["highest"]["top1"] == 99.5
+    assert {"test/top1", "test/loss"} <= page.curves.keys()
+    text = (tmp_path / "r.html").read_text().replace("\u00a0", " ")
+    for title, figure in (("Teacher", "89.50 %"), ("Student alone,", "83.00 %"), ("Student distilled,", "86.00 %")):
+        assert f"<b>{title} test top-1</b><strong>{figure}</strong>" in text
 
 
 def test_resume_points_are_marked(make_run, tmp_path):

@@ -37,6 +37,32 @@ def test_headline_of_a_run_under_way_says_so_far(make_run):
     assert row(table, "Student distilled")["Best top-1 (%)"].endswith("(best of 3 to 10)")
 
 
+TEST_COLUMNS = ("last epoch", "epoch chosen on validation", "highest of all epochs")
+
+
+def test_headline_has_columns_for_a_test_set_where_there_is_one(runs, make_run):
+    plain = group_runs([read_run(path) for path in runs])
+    assert not [column for column in tables.headline(plain).columns if "Test" in column]
+    tested = make_run("tested", T=8.0, test="t", final=88.0)
+    table = tables.headline(group_runs([read_run(path) for path in [*runs, tested]]))
+    figures = row(table, "Student distilled: tiny_cnn, kd (T 8.0)")
+    last, chosen, highest = (figures[f"Test top-1, {which} (%)"] for which in TEST_COLUMNS)
+    assert (last, highest) == ("86.00", "99.50") and chosen not in (last, highest)
+    assert row(table, "Student alone")["Test top-1, last epoch (%)"] == "-"
+    assert row(table, "Teacher")["Test top-1, last epoch (%)"] == "-"  # of the first run, which had no test set
+    assert "no part in training or choosing" in table.note
+    assert ("test", "things/test", "1,000", "10", "t") in tables.data(group_runs([read_run(tested)])).rows
+
+
+def test_a_run_under_way_shows_its_test_set_from_its_lines(make_run):
+    whole, part = (read_run(make_run(f"r{steps}", test="t", steps=steps)) for steps in (400, 240))
+    assert part.test("last")["top1"] == pytest.approx(part.of_kind("val")[-1]["val/top1"] - 2)
+    assert part.test("highest")["top1"] == 99.5 and part.test("highest")["epoch"] == 4
+    assert part.test("chosen")["step"] == part.best["step"] and part.test("chosen")["evaluations"] == 6
+    assert whole.test("chosen")["epoch"] == whole.best["epoch"] == 9
+    assert set(part.last) == set(whole.last)  # the test set's figures are not the validation set's
+
+
 def test_compression_ratios_are_worked_out_from_both_sides(groups):
     (table,) = tables.compression(groups)  # the plain runs' student is in the pair's table already
     assert table.name == "wide_cnn to tiny_cnn"
