@@ -158,6 +158,7 @@ def make_evaluator(
     spec: NetworkSpec,
     stopped: Callable[[], bool] = lambda: False,
     limit: int | None = None,
+    ledger: str = "evaluation-",
 ) -> Evaluator:
     """The exact evaluator of `index` with the view and constants of the network `spec`."""
     loader = EvalLoader(
@@ -169,6 +170,7 @@ def make_evaluator(
         mean=spec.mean,
         std=spec.std,
         limit=limit,
+        ledger=ledger,
         **loader_settings(config, index),
     )
     batches = math.ceil(loader.num_samples / config.device_batch_size)

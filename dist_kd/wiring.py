@@ -193,7 +193,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
     evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
-    tester = make_evaluator(config, runtime, test, student_spec, stop.agreed) if test is not None else None
+    tester = make_evaluator(config, runtime, test, student_spec, stop.agreed, ledger="test-") if test else None
     augment = config.augment or train.spec.augment
     view = TrainView(augment, student_spec.image_size, config.seed)
     mixed = config.mixup or config.cutmix

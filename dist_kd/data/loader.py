@@ -114,8 +114,9 @@ class EvalLoader:
         timeout_s: float = 300.0,
         limit: int | None = None,
         max_bad_fraction: float = 0.0,
+        ledger: str = "evaluation-",
     ):
-        """`limit` takes that many samples, evenly spaced, if the set has more."""
+        """`limit` takes that many samples, evenly spaced, if the set has more; `ledger` begins its file's name."""
         self.spec: DataSpec = index.spec
         self.num_samples = min(limit or index.num_samples, index.num_samples)  # of all ranks together
         chosen = np.arange(self.num_samples, dtype=np.int64) * index.num_samples // self.num_samples
@@ -124,7 +125,7 @@ class EvalLoader:
             for number in range(world.rank, -(-self.num_samples // batch_size), world.world_size)
         ]
         self.account = Account(index, self.num_samples, max_bad_fraction)
-        self._delivery = Delivery(self.account, world, device, mean, std, channels_last, ledger="evaluation-")
+        self._delivery = Delivery(self.account, world, device, mean, std, channels_last, ledger=ledger)
         samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from dist.counting import first_guesses
 from dist.launching import launch, world_size
 
-from dist_kd import checkpoint
+from dist_kd import checkpoint, models
+from dist_kd.data.index import read_index
 
 SMALL = [
     "--arch", "cnn_small", "--no-kd", "--image-size", "8", "--batch-size", "16", "--device-batch-size", "8",
@@ -21,11 +23,30 @@ def parameters(run):
 
 @pytest.mark.parametrize(("launcher", "scorer"), [("torchrun", "plain"), ("accelerate", "torchrun")])
 def test_validation_counts_do_not_depend_on_processes(odd_digits, tmp_path, launcher, scorer):
-    """Uneven shards, 61 validation samples: a prime. Two processes train and score; then one, or two, score again."""
-    run = tmp_path / "run"
-    launch(launcher, "dist_kd/train.py", *SMALL, "--data", str(odd_digits), "--save-path", str(run))
+    """Uneven shards, 61 validation samples: a prime. Two processes train and score; then one, or two, score again.
+
+    The training images stand as a test set too: 247 samples in three shards.
+    """
+    run, ledger = tmp_path / "run", tmp_path / "ledger"
+    ledger.mkdir()
+    test = ["--test-data", str(odd_digits / "train")]
+    launch(
+        launcher, "dist_kd/train.py", *SMALL, *test, "--data", str(odd_digits), "--save-path", str(run),
+        variables={"DIST_KD_LEDGER": str(ledger)},
+    )  # fmt: skip
     assert world_size(run) == 2
-    trained = json.loads((run / "summary.json").read_text())["student"]["last"]
+    student = json.loads((run / "summary.json").read_text())["student"]
+    seen = [
+        int(sample)
+        for rank in range(2)
+        for line in (ledger / f"test-rank{rank}.txt").read_text().splitlines()
+        for sample in line.split()[2:]
+    ]
+    assert sorted(seen) == sorted([*range(247)] * student["test"]["last"]["evaluations"])
+    network, index = models.load(run / "student").eval(), read_index(odd_digits / "train")
+    assert student["test"]["last"]["samples"] == 247
+    assert student["test"]["last"]["top1"] == 100 * first_guesses(network, index) / 247
+    trained = student["last"]
     assert trained["samples"] == 61
     said = launch(scorer, "-m", "dist_kd.commands.main", "evaluate", str(run), "--json")
     answer = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
