@@ -5,6 +5,7 @@ DistKDError
   DataError         raised by data: shards, index or images that are not what they should be (exit 3)
   CheckpointError   raised by checkpoint: nothing usable to resume from, or another run's files (exit 4)
   DivergedError     raised by loop: the loss is no longer finite (exit 5)
+  SaveError         raised by checkpoint: the disk takes no checkpoint, or no other file of the run (exit 6)
 """
 
 LONGEST_MESSAGE = 1500  # characters; a path may have 4096
@@ -47,6 +48,13 @@ class DivergedError(DistKDError):
 
     exit_code = 5
     kind = "diverged"
+
+
+class SaveError(DistKDError):
+    """The disk refuses what must be written: full, over quota, read-only or not ours. What stood before stands."""
+
+    exit_code = 6
+    kind = "save"
 
 
 def one_line(message: str) -> str:
