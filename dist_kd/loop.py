@@ -49,6 +49,7 @@ class Run:
     state: TrainState
     facts: dict[str, Any]  # saved with every checkpoint: layout, settings, fingerprint
     tester: Evaluator | None = None  # of a third set, which is scored and never chosen by
+    still_ours: Callable[[], None] = lambda: None  # raises if the folder is another run's by now
 
 
 def seed_networks(seed: int, step: int, first_row: int, device: torch.device) -> None:
@@ -237,5 +238,10 @@ def snapshot(run: Run) -> Snapshot:
 def _save(run: Run) -> None:
     """One checkpoint, written by rank 0 while the others wait; an error there is everybody's error."""
     content = snapshot(run)
-    run.runtime.on_main(lambda: str(checkpoint.save(run.folder, content, keep=run.keep)))
+
+    def write() -> None:
+        run.still_ours()
+        checkpoint.save(run.folder, content, keep=run.keep)
+
+    run.runtime.on_main(write)
     run.meters.restart_clock()

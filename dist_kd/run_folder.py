@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_kd.checkpoint import write_atomically
-from dist_kd.errors import CheckpointError
+from dist_kd.errors import CheckpointError, ConfigError
+from dist_kd.run_lock import RunLock
 
 PACKAGES = ("dist-kd", "torch", "torchvision", "accelerate", "webdataset", "numpy", "pillow", "safetensors")
 
@@ -53,7 +54,20 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.lock = RunLock(path)
         self.has_said = False  # whether this process wrote the status that stands there
+
+    def occupy(self) -> str | None:
+        """Makes the folder and takes its lock; a line if that was taken over. ConfigError if another run holds it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            line = self.lock.take()
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--save_path `{self.path}` cannot be written ({error.strerror or error}); give a folder that can"
+            ) from error
+        return line
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, or {} if it is not there."""

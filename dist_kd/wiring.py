@@ -22,7 +22,7 @@ from dist_kd.data.mix import Mix
 from dist_kd.data.order import Order, choose_layout
 from dist_kd.data.views import TrainView
 from dist_kd.ema import Average
-from dist_kd.errors import ConfigError, DistKDError
+from dist_kd.errors import DistKDError
 from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
 from dist_kd.loop import Run, fit, note_unscored
@@ -230,6 +230,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         state=TrainState(),
         facts=facts,
         tester=tester,
+        still_ours=folder.lock.check,
     )
     if start.checkpoint is not None:
         restore(run, start)
@@ -309,16 +310,6 @@ def _record(parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, sets:
     return folder.record_start(step=run.state.step, facts=facts, start=this)
 
 
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "checkpoints").mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--save_path `{path}` cannot be written ({error.strerror or error}); give a folder that can"
-        ) from error
-
-
 def launched() -> bool:
     """Whether a launcher started this process: it would report any exit code but 0 as a crash."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -330,10 +321,12 @@ def run_training(parsed: Parsed) -> int:
     started = time.monotonic()
     runtime = start_runtime(config)
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
-    runtime.on_main(lambda: _make(folder.path))
     run: Run | None = None
     alike = False
     try:
+        taken_over = runtime.on_main(folder.occupy)
+        if taken_over:
+            runtime.say(taken_over)
         run, built = build_run(parsed, runtime, folder)
         outcome = fit(run)
         if outcome == "done":
@@ -352,6 +345,7 @@ def run_training(parsed: Parsed) -> int:
         alike = isinstance(error, DistKDError) and error.alike
         raise
     finally:
+        folder.lock.release()
         if run is not None:
             run.source.close()
         if alike:
@@ -368,8 +362,8 @@ def _record_failure(world: World, folder: RunFolder, run: Run | None, error: Bas
     """
     ours = isinstance(error, DistKDError)
     if world.is_main:
-        # a refused start must not overwrite the status of the run that stands in this folder
-        mine = folder.has_said or not (folder.path / "status.json").exists()
+        # a refused start must not overwrite the status of the run that stands in this folder, or goes on in it
+        mine = folder.lock.held and (folder.has_said or not (folder.path / "status.json").exists())
         explained = folder.has_said and not ours and folder.read("status.json").get("state") == "failed"
     else:
         mine, explained = run is not None and ours and not error.alike, False
