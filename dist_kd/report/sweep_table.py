@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_kd.report.compare import Difference, Spread, difference
-from dist_kd.report.folder import RunRecord, at, number
+from dist_kd.report.folder import TEST_SCORES, RunRecord
 from dist_kd.report.tables import NONE, Table, spread, with_unit
-
-# summary.json's student.test, where a test set took no part in any choice -> what a column says of it
-TEST_SCORES = {
-    "last": ">Test top-1, last epoch (%)",
-    "chosen": ">Test top-1, epoch chosen on validation (%)",
-    "highest": ">Test top-1, highest of all epochs (%)",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Arm:
         return self.figures(lambda run: run.best.get("top1"))
 
     def test(self, which: str) -> dict[int, float]:
-        return self.figures(lambda run: number(at(run.summary, "student", "test", which, "top1")))
+        return self.figures(lambda run: run.test(which).get("top1"))
 
     @property
     def missing(self) -> list[int]:

@@ -149,13 +149,20 @@ def test_places(monkeypatch):
     assert [place["OMP_NUM_THREADS"] for place in places(cores, [])] == ["1"] * cores
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dist_kd.commands.main", "sweep", *words, *TINY, "--save-path", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start():
+    """Starts a study in a folder, as a user would; what a failed test leaves running is ended, with its trainers."""
+    begun: list[subprocess.Popen] = []
+
+    def _start(folder: Path, *words: str) -> subprocess.Popen:
+        line = [sys.executable, "-m", "dist_kd.commands.main", "sweep", *words, *TINY, "--save-path", str(folder)]
+        begun.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return begun[-1]
+
+    yield _start
+    for process in begun:
+        process.terminate()
+        process.communicate(timeout=LIMIT)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -179,7 +186,7 @@ def starts(run: Path) -> list[int]:
 
 
 @pytest.mark.timeout(500)
-def test_stopped_and_gone_on_with(tmp_path, capsys):
+def test_stopped_and_gone_on_with(start, tmp_path, capsys):
     """SIGTERM while the second of three runs is training: it saves, and the same command does the rest."""
     words = [
         "--over", "T=1,4", "--seeds", "1", "--twin", "--max-steps", "300", "--log-steps", "10", "--lr", "0.01", *KD,
@@ -220,7 +227,7 @@ def test_stopped_and_gone_on_with(tmp_path, capsys):
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(start, tmp_path):
     """A learning rate of 1e30 diverges; two runs side by side."""
     process = start(tmp_path, "--over", "lr=1e30,0.01", "--seeds", "1", "--jobs", "2", "--max-steps", "20")
     said = finish(process)
@@ -234,7 +241,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
 
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a child with its parent")
-def test_killed_outright_it_leaves_no_trainer_behind(tmp_path):
+def test_killed_outright_it_leaves_no_trainer_behind(start, tmp_path):
     process = start(tmp_path, "--over", "lr=0.01", "--seeds", "1", "--max-steps", "1000000", "--log-steps", "10")
     run = tmp_path / "lr=0.01" / "seed-0"
     wait_for_steps(run, process)
