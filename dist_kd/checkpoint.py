@@ -5,64 +5,47 @@ A save writes beside, syncs, writes the manifest last, renames, moves the pointe
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import uuid
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_kd.contracts import DataCounters
-from dist_kd.errors import CheckpointError
+from dist_kd.errors import CheckpointError, SaveError
+from dist_kd.train_state import ThirdSet as ThirdSet
+from dist_kd.train_state import TrainState, check, state_of
 
 SCHEMA = 3  # 1 counted bad samples without their kinds; 2 knew no test set
 PREFIX = "step_"
 REPLACED = ".replaced"
-
-
-@dataclass
-class ThirdSet:
-    """What a test set said of the student so far. Nothing is chosen by it but `highest`, which is named so."""
-
-    data: str = ""  # its fingerprint
-    evaluations: int = 0
-    bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples
-    last: dict[str, float] = field(default_factory=dict)
-    chosen: dict[str, float] = field(default_factory=dict)  # where the validation set's top-1 was best
-    highest: dict[str, float] = field(default_factory=dict)  # where its own was
-
-    def add(self, figures: dict[str, float], val_top1: float) -> None:
-        """Takes in one evaluation; `val_top1` is the validation set's at the same step. Of equals the first stays."""
-        self.evaluations += 1
-        self.last = figures | {"val_top1": val_top1}
-        if not self.chosen or val_top1 > self.chosen["val_top1"]:
-            self.chosen = dict(self.last)
-        if not self.highest or figures["top1"] > self.highest["top1"]:
-            self.highest = dict(self.last)
-
-
-@dataclass
-class TrainState:
-    """What grows during training and is not a tensor."""
-
-    step: int = 0  # finished optimizer updates
-    evaluated_at: int = -1  # the step of the last finished evaluation
-    best_top1: float = -1.0
-    best_step: int = -1
-    evaluations: int = 0
-    skipped_steps: int = 0  # updates dropped by fp16 loss scaling
-    meter_sums: list[float] = field(default_factory=list)  # of the unfinished log window
-    data: DataCounters = field(default_factory=DataCounters)  # of training, summed over all ranks
-    val_bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples
-    best: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    test: ThirdSet = field(default_factory=ThirdSet)
+NAME = re.compile(rf"{PREFIX}(\d{{8,}})({re.escape(REPLACED)})?")
+NEEDED = {"model.safetensors", "optimizer.pt", "state.json"}
+LAYOUT = ("streams", "window", "world_size", "micro_batch")  # what a start takes from here, all at least 1
+REMEDIES = {
+    errno.ENOSPC: "free space there, or keep fewer with --keep",
+    errno.EDQUOT: "the quota is used up: remove files, or have it raised",
+    errno.EROFS: "the file system is read-only: have it mounted for writing",
+    errno.EFBIG: "this process may not write so large a file: raise `ulimit -f`",
+    errno.EACCES: "have the folder's owner let you write there, or give another --save_path",
+    errno.EPERM: "have the folder's owner let you write there, or give another --save_path",
+}
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError,
+    SafetensorError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,9 +73,14 @@ def _sync(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` by `text` so that a reader, or a crash, sees the old or the new whole."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    _sync(beside)
-    os.replace(beside, path)
+    try:
+        beside.write_text(text)
+        _sync(beside)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def digest(path: Path) -> str:
@@ -104,27 +92,68 @@ def folder_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
-    """Writes the checkpoint of snapshot.state.step under `folder`, moves the pointers, prunes. Rank 0 only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / folder_name(snapshot.state.step)
-    beside = folder / f".{final.name}.{uuid.uuid4().hex[:8]}.partial"
-    replaced = folder / f"{final.name}{REPLACED}"
-    beside.mkdir()
+@contextlib.contextmanager
+def writing(path: Path, what: str) -> Iterator[None]:
+    """Makes a SaveError of whatever a disk refuses meanwhile; `what` begins its sentence, `path` is where."""
     try:
-        _write_files(beside, snapshot)
-        if final.exists():
-            # the same step again (an evaluation made up for after a resume): still found under this name if we die now
-            os.rename(final, replaced)
-        os.rename(beside, final)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    _sync(folder)
-    write_atomically(folder / "latest", final.name + "\n")
-    if snapshot.state.best_step == snapshot.state.step:
-        write_atomically(folder / "best", final.name + "\n")
-    _prune(folder, keep)
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = _disk_error(error)
+        if cause is None:
+            raise
+        try:
+            space = os.statvfs(path)
+            free = f", {space.f_bavail * space.f_frsize / 1e6:.1f} MB free"
+        except OSError:
+            free = ""
+        raise SaveError(
+            f"{what} could not be written to `{path}` ({os.strerror(cause)}{free}); "
+            f"{REMEDIES.get(cause, 'check the file system')}"
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The errno behind an error: torch and safetensors wrap it in types of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        told = isinstance(error, SafetensorError) and re.search(r"\(os error (\d+)\)", str(error))
+        if told:
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
+    """Writes the checkpoint of snapshot.state.step under `folder`, moves the pointers, prunes. Rank 0 only.
+
+    SaveError if the disk refuses: what stood before still stands, and what was begun is removed.
+    """
+    step = snapshot.state.step
+    final = folder / folder_name(step)
+    with writing(folder, f"the checkpoint of step {step}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = _hidden(final)
+        replaced = folder / f"{final.name}{REPLACED}"
+        try:
+            beside.mkdir()
+            _write_files(beside, snapshot)
+            _remove(replaced)
+            if os.path.lexists(final):
+                # the same step again (an evaluation made up for after a resume): found as `replaced` if we die now
+                os.rename(final, replaced)
+            os.rename(beside, final)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            _put_back(final)
+            raise
+        _sync(folder)
+        write_atomically(folder / "latest", final.name + "\n")
+        # also if it was saved earlier, by a process that died before it could say so
+        best = folder_name(max(0, snapshot.state.best_step))
+        if (folder / best / "manifest.json").is_file() and snapshot.state.best_step >= 0:
+            write_atomically(folder / "best", best + "\n")
+    _prune(folder, step, keep)
     return final
 
 
@@ -133,7 +162,8 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
         path = folder / f"{stem}.safetensors"
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, path)
         path.chmod(0o644)  # safetensors ignores the umask: colleagues could not read it
-    torch.save(snapshot.optimizer, folder / "optimizer.pt")
+    with (folder / "optimizer.pt").open("wb") as file:  # given a path, torch.save would lose the disk's error
+        torch.save(snapshot.optimizer, file)
     state = {"schema": SCHEMA, "state": asdict(snapshot.state), **snapshot.facts}
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(p for p in folder.iterdir())
@@ -145,57 +175,132 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     _sync(folder)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` and the best, and what killed saves left. Only folders we wrote."""
-    kept = {_pointer(folder, "latest"), _pointer(folder, "best")}
-    complete = _complete(folder)
-    old = [p for p in complete if p.name.endswith(REPLACED)]
-    for path in old + [p for p in complete if p not in old][keep:]:
-        if path.name not in kept and not path.is_symlink():
-            shutil.rmtree(path)
-    for path in folder.glob(f".{PREFIX}*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+def _hidden(path: Path) -> Path:
+    """A name beside `path` that no search takes for a checkpoint, and that `clean` removes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _remove(path: Path) -> None:
+    """Removes one of our folders: first its name, so that no half of it is ever found. Links are not followed."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        hidden = _hidden(path)
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _put_back(final: Path) -> None:
+    """What a save that did not end has moved away stands under its name again."""
+    replaced = final.with_name(final.name + REPLACED)
+    with contextlib.suppress(OSError):
+        if os.path.lexists(replaced) and not os.path.lexists(final):
+            os.rename(replaced, final)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Removes all but the newest `keep` up to `step` and the best. Only folders we wrote; links stay.
+
+    A folder of a later step was passed over at the start, for what is wrong with it: it is left to be looked at.
+    """
+    kept = {folder_name(step), _pointer(folder, "best")}
+    ours = [p for n, p in _steps(folder) if n <= step and not p.is_symlink() and (p / "manifest.json").is_file()]
+    standing = [p for p in ours if not p.name.endswith(REPLACED)]
+    try:
+        for path in [*(p for p in ours if p not in standing), *standing[keep:]]:
+            if path.name not in kept:
+                _remove(path)
+    except OSError as error:
+        print(f"warning: an old checkpoint could not be removed ({error}); the new one stands", flush=True)
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Removes what killed saves have left in `folder`, and ends what they had begun. Rank 0 only; links stay."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".{PREFIX}*.partial"):
+            if not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        for path in [*folder.glob(".latest.*"), *folder.glob(".best.*")]:
+            path.unlink()
+        for path in folder.glob(f"{PREFIX}*{REPLACED}"):
+            final = path.with_name(path.name.removesuffix(REPLACED))
+            if os.path.lexists(final) and problem(final) is None:
+                _remove(path)
+            else:
+                _put_back(final)
 
 
 # --------------------------------------------------------------------------------------------- reading
 
 
 def _pointer(folder: Path, name: str) -> str | None:
+    """The checkpoint that `latest` or `best` names, if it is a name of ours: it may lead nowhere else."""
     try:
-        return (folder / name).read_text().strip()
-    except OSError:
+        path = folder / name
+        text = path.read_text().strip() if path.is_file() else ""
+    except (OSError, ValueError):
         return None
+    return text if NAME.fullmatch(text) else None
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Folders with a manifest, newest step first. The order is by step, never by clock."""
-    found = [p for p in folder.glob(f"{PREFIX}*") if (p / "manifest.json").is_file()]
-    return sorted(found, key=lambda p: p.name, reverse=True)
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and what bears their names, the newest first, what was replaced last. By step, never by clock."""
+    try:
+        names = [match for name in os.listdir(folder) if (match := NAME.fullmatch(name))]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"`{folder}` cannot be read ({error.strerror}); have its owner let you read it, or give another --save_path"
+        ) from error
+    names.sort(key=lambda match: (int(match[1]), not match[2]), reverse=True)
+    return [(int(match[1]), folder / match[0]) for match in names]
 
 
 def problem(checkpoint: Path) -> str | None:
-    """Why this checkpoint cannot be used, or None if it verifies byte for byte."""
+    """Why this checkpoint cannot be used, or None if it verifies byte for byte and says what a start asks of it."""
     try:
+        if not (checkpoint / "manifest.json").is_file():
+            return "manifest.json is missing"
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if manifest["schema"] > SCHEMA:
-            return f"it was written by a newer version (schema {manifest['schema']}, this one reads up to {SCHEMA})"
-        for name, entry in manifest["files"].items():
+        schema, files = manifest["schema"], manifest["files"]
+        if type(schema) is not int or schema < 1:
+            return f"its manifest gives the schema `{schema!r:.40}`, which is no number from 1 to {SCHEMA}"
+        if schema > SCHEMA:
+            return f"it was written by a newer version (schema {schema}, this one reads up to {SCHEMA})"
+        for name, entry in files.items():
             path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
+            if Path(name).name != name:
+                return f"its manifest names {name!r:.80}, which is no file of this folder"
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is {'no plain file' if os.path.lexists(path) else 'missing'}"
             if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+                return f"{name} has {path.stat().st_size} bytes, its manifest says {entry['bytes']!r:.40}"
             if digest(path) != entry["sha256"]:
                 return f"{name} is damaged: its sha256 is not the manifest's"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read ({type(error).__name__}: {error})"
+        if not files.keys() >= NEEDED:
+            return f"its manifest does not name {', '.join(sorted(NEEDED - files.keys()))}"
+    except UNREADABLE as error:
+        return f"its manifest cannot be read ({type(error).__name__}: {error!s:.200})"
+    try:
+        facts = read_facts(checkpoint)
+        state_of(facts)
+        for name, kind in (("settings", dict), ("layout", dict), ("data", str)):
+            check(facts[name], kind, name)
+        for name in LAYOUT:
+            check(facts["layout"][name], int, name)
+            if facts["layout"][name] < 1:
+                raise ValueError(f"{name} is {facts['layout'][name]}")
+    except UNREADABLE as error:
+        return f"state.json is not what this version writes ({type(error).__name__}: {error!s:.200})"
     return None
 
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a sentence for each newer one that does not."""
     refused = []
-    for path in _complete(folder):
+    for _, path in _steps(folder):
         why = problem(path)
         if why is None:
             return path, refused
@@ -206,12 +311,12 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 def resolve(text: str) -> Path:
     """The checkpoint that --resume PATH names: a checkpoint's folder, or a run's folder (its newest good one)."""
     path = Path(text)
-    if (path / "manifest.json").is_file():
+    if os.path.isfile(path / "manifest.json"):
         why = problem(path)
         if why:
             raise CheckpointError(f"--resume `{text}` cannot be used: {why}; give another checkpoint")
         return path
-    found, refused = find(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    found, refused = find(path / "checkpoints" if os.path.isdir(path / "checkpoints") else path)
     if found is None:
         details = "".join(f"; {r}" for r in refused)
         raise CheckpointError(
@@ -222,9 +327,14 @@ def resolve(text: str) -> Path:
 
 
 def best_of(folder: Path) -> Path | None:
-    """The checkpoint with the best validation top-1 so far, if it is there."""
+    """The checkpoint with the best validation top-1 so far, if it is there. CheckpointError if it is damaged."""
     name = _pointer(folder, "best")
-    return folder / name if name and (folder / name / "manifest.json").is_file() else None
+    if name is None or not os.path.isfile(folder / name / "manifest.json"):
+        return None
+    why = problem(folder / name)
+    if why:
+        raise CheckpointError(f"the best checkpoint `{folder / name}` cannot be used: {why}; take the last instead")
+    return folder / name
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
@@ -235,15 +345,16 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
     """The checkpoint's content. CheckpointError if a file cannot be read; verify first with `problem`."""
     try:
         facts = read_facts(checkpoint)
-        fields = facts.pop("state")
-        fields.pop("bad_samples", None)  # schema 1
-        parts = {"data": DataCounters(**fields.get("data", {})), "test": ThirdSet(**fields.get("test", {}))}
-        state = TrainState(**fields | parts)
-        tensors = {p.stem: load_file(p, device=str(device)) for p in sorted(checkpoint.glob("*.safetensors"))}
+        state = state_of(facts)
+        del facts["state"]
+        # only what was verified: a file that the manifest does not name is not of this checkpoint
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        paths = [checkpoint / name for name in sorted(files) if name.endswith(".safetensors")]
+        tensors = {path.stem: load_file(path, device=str(device)) for path in paths}
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"checkpoint `{checkpoint}` cannot be read on this process ({type(error).__name__}: {error}); "
+            f"checkpoint `{checkpoint}` cannot be read on this process ({type(error).__name__}: {error!s:.300}); "
             "check the file system, or remove the folder to fall back to an older one"
         ) from error
     return Snapshot(state, tensors, optimizer, facts)
