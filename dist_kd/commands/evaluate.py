@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
         "settings they were trained with, and give the trainer's counts.",
     )
     parser.add_argument("what", metavar="RUN|STUDENT_FOLDER|ARCH", help="a run's folder, a student's folder, or a name")
-    parser.add_argument("--data", help="validation data, as --val-data of training (default: a run's own)")
+    parser.add_argument(
+        "--data", help="data, as --val-data of training; DATA/test for a test set (default: a run's validation set)"
+    )
     parser.add_argument("--weights", default="DEFAULT", help="for ARCH only, as --student-weights (default: DEFAULT)")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="of a RUN (default: last)")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dist_kd.checkpoint import ThirdSet
 from dist_kd.cli import parse
 from dist_kd.commands.evaluate import main as evaluate
 from dist_kd.commands.pack import main as pack
+from dist_kd.data.index import read_index
 from dist_kd.errors import ConfigError
 from dist_kd.loop import fit
 from dist_kd.run_folder import RunFolder
@@ -145,6 +147,22 @@ def test_a_test_set_comes_and_goes_and_changes_nothing_else(three, tmp_path, uni
         result["snapshot"].state.test = ThirdSet()
         result["lines"] = [{k: v for k, v in line.items() if "test/" not in k} for line in result["lines"]]
     assert_same(ours, uninterrupted)
+
+
+def test_damaged_test_samples_are_counted_and_not_scored(three, tmp_path, capsys):
+    shutil.copytree(three, tmp_path / "data")
+    index = read_index(tmp_path / "data" / "test")
+    with open(index.shard_path(0), "r+b") as file:
+        file.seek(int(index.rows[7]["offset"]) + 40)
+        file.write(b"damage")
+    words = [*TINY, "--no-kd", "--max-steps", "2", "--data", str(tmp_path / "data")]
+    assert train_command([*words, "--save-path", str(tmp_path / "run")]) == 0
+    assert "sample 7 " in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    last = summary["student"]["test"]["last"]
+    assert (last["samples"], last["bad_samples"]) == (index.num_samples - 1, 1)
+    assert summary["skipped"]["test_bad_samples"] == {"checksum": 1} and summary["skipped"]["val_bad_samples"] == {}
+    assert train_command([*words, "--save-path", str(tmp_path / "strict"), "--max-bad-fraction", "0"]) == 3
 
 
 def test_other_classes_are_refused(three, tmp_path):
