@@ -1,7 +1,8 @@
 """--compile as it runs: both networks through torch's own compiler to machine code, features by hooks included.
 
 Each method takes three steps of the trainer's own parts, compiled and not, from the same start over the same batches.
-The compiler's cache is torch's own (TORCHINDUCTOR_CACHE_DIR): methods that read the same features share its work.
+Methods that read the same features share the compiler's work, in a cache of this module's own: in the usual one a
+process killed while it compiles leaves a torn library behind, on which every later run fails.
 """
 
 import shutil
@@ -17,15 +18,22 @@ from dist_kd.wiring import build_run
 
 STEPS, ACCUMULATED = 3, 2
 SETTINGS = [
-    "--arch", "cnn_small", "--teacher-arch", "cnn_medium", "--teacher-weights", "none", "--image-size", "8",
-    "--batch-size", "16", "--device-batch-size", "8", "--max-steps", str(STEPS), "--lr", "0.01",
-    "--teacher-eval-samples", "8", "--cpu", "--in-memory", "--workers", "0",
+    "--arch", "cnn_small", "--image-size", "8", "--batch-size", "16", "--device-batch-size", "8", "--max-steps",
+    str(STEPS), "--lr", "0.01", "--cpu", "--in-memory", "--workers", "0",
 ]  # fmt: skip
+TEACHER = ["--teacher-arch", "cnn_medium", "--teacher-weights", "none", "--teacher-eval-samples", "8"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU: no g++"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 def steps(folder, data, *words):
@@ -63,7 +71,12 @@ def steps(folder, data, *words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_steps_are_the_plain_ones(digits, tmp_path, method):
-    words = ["--method", method, *(["--method-arg", "negatives=50"] if method == "crd" else [])]
+    words = [
+        "--method",
+        method,
+        *(TEACHER if METHODS[method].needs_teacher else []),
+        *(["--method-arg", "negatives=50"] if method == "crd" else []),
+    ]
     expected, weights, loss = steps(tmp_path / "plain", digits, *words)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
