@@ -37,6 +37,7 @@ from dist_kd.runtime import Runtime, StopRequests, start_runtime
 from dist_kd.sets import Sets, check_cache, data_lines, loader_settings, make_evaluator, open_sets
 from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
+from dist_kd.world_digest import check_same_world
 
 EXIT_PREEMPTED = 75
 
@@ -151,10 +152,12 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     config, say = parsed.config, runtime.say
     sets = open_sets(config, runtime)
     train, val, test = sets
+    data = {split: index.spec.fingerprint for split, index in sets._asdict().items() if index is not None}
+    check_same_world(config, runtime, {f"the {split} data": digest for split, digest in data.items()})
     start = find_start(config, folder, runtime)
     # the data is what is in it, wherever it lies
-    data = {"data": train.spec.fingerprint, "val_data": val.spec.fingerprint}
-    settings = config.result_settings() | data | {"mixed_precision": runtime.precision}
+    settings = config.result_settings() | {"data": data["train"], "val_data": data["val"]}
+    settings |= {"mixed_precision": runtime.precision}
     check_same_run(config, start, settings, train.spec.fingerprint)
     resharded = check_layout(config, start, runtime.world.world_size)
     plan = make_plan(config, runtime.world.world_size, train.spec.num_samples)
