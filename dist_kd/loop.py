@@ -17,12 +17,14 @@ from dist_kd import checkpoint
 from dist_kd.checkpoint import Snapshot, TrainState
 from dist_kd.contracts import DataCounters, Tracker, TrainSource
 from dist_kd.ema import Average
-from dist_kd.errors import DivergedError
+from dist_kd.errors import DivergedError, SaveError
 from dist_kd.evaluation import Evaluator
 from dist_kd.meters import Meters
 from dist_kd.optimizer import set_lr
 from dist_kd.plan import Plan, due
 from dist_kd.runtime import Runtime, StopRequests
+
+MOST_FAILED_SAVES = 3  # in a row
 
 
 @dataclass
@@ -50,6 +52,7 @@ class Run:
     facts: dict[str, Any]  # saved with every checkpoint: layout, settings, fingerprint
     tester: Evaluator | None = None  # of a third set, which is scored and never chosen by
     still_ours: Callable[[], None] = lambda: None  # raises if the folder is another run's by now
+    failed_saves: int = 0  # in a row
 
 
 def seed_networks(seed: int, step: int, first_row: int, device: torch.device) -> None:
@@ -81,8 +84,8 @@ def fit(run: Run) -> str:
             finished = state.step == plan.total_steps
             wanted = improved or stopping or finished or due(state.step, plan.checkpoint_steps)
             if wanted and saved != (state.step, state.evaluated_at):
-                _save(run)
-                saved = (state.step, state.evaluated_at)
+                if _save(run, must=stopping or finished):
+                    saved = (state.step, state.evaluated_at)
                 account.check(state.data, seen=run.stop.exceeded)
             if finished:
                 return "done"
@@ -235,13 +238,28 @@ def snapshot(run: Run) -> Snapshot:
     return Snapshot(deepcopy(run.state), tensors, optimizer, run.facts)
 
 
-def _save(run: Run) -> None:
-    """One checkpoint, written by rank 0 while the others wait; an error there is everybody's error."""
+def _save(run: Run, *, must: bool) -> bool:
+    """One checkpoint, written by rank 0 while the others wait; an error there is everybody's error.
+
+    False if the disk refused it: training goes on to the next save. SaveError if it `must` not, as at a run's end, or
+    after MOST_FAILED_SAVES in a row.
+    """
     content = snapshot(run)
 
     def write() -> None:
         run.still_ours()
         checkpoint.save(run.folder, content, keep=run.keep)
 
-    run.runtime.on_main(write)
+    try:
+        run.runtime.on_main(write)
+        run.failed_saves = 0
+    except SaveError as error:
+        run.failed_saves += 1
+        if must or run.failed_saves == MOST_FAILED_SAVES:
+            raise
+        run.tracker.note(
+            f"WARNING: {error}. Training goes on, and what it learns since the last checkpoint is lost if it ends; "
+            f"failed saves in a row: {run.failed_saves}, it stops at {MOST_FAILED_SAVES}"
+        )
     run.meters.restart_clock()
+    return not run.failed_saves

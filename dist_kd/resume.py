@@ -29,6 +29,13 @@ def find_start(config: Config, folder: RunFolder, runtime: Runtime) -> Start:
 
     def look() -> Start:
         found, refused = (None, [])
+        checkpoint.clean(folder.checkpoints)
+        for pointer in ("latest", "best"):
+            if (folder.checkpoints / pointer).is_dir():
+                raise CheckpointError(
+                    f"`{folder.checkpoints / pointer}` is a folder where a run writes a file; remove it, or give "
+                    "another --save_path"
+                )
         if config.resume == "auto":
             found, refused = checkpoint.find(folder.checkpoints)
         elif config.resume == "never":
@@ -101,24 +108,60 @@ def check_layout(config: Config, start: Start, world_size: int) -> str | None:
 
 
 def restore(run: Run, start: Start) -> None:
-    """Everything that grew, as it was at the checkpoint's step. DataError if it had more bad samples than may be."""
-    saved = checkpoint.load(start.checkpoint, run.runtime.device)
-    run.student.load_state_dict(saved.tensors["model"])
-    if "method" in saved.tensors:
-        run.method.load_state_dict(saved.tensors["method"])
-    if run.average is not None:
-        run.average.network.load_state_dict(saved.tensors["ema"])
+    """Everything that grew, as it was at the checkpoint's step. DataError if it had more bad samples than may be.
+
+    CheckpointError, on all ranks, if one of them cannot read the checkpoint or sees another one there than rank 0.
+    """
+    saved = why = None
     try:
-        run.optimizer.load_state_dict(saved.optimizer["optimizer"])
-    except ValueError as error:  # --allow-changes lets --freeze and --head-lr through
-        raise CheckpointError(
-            f"the optimizer of `{start.checkpoint}` is for other parameters than learn now ({error}); go on with the "
-            "old --freeze and --head-lr, or start anew with another --save_path"
-        ) from None
-    if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
-        run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
+        saved = _read(run, start.checkpoint)
+        _put_back(run, saved, start.checkpoint)
+        seen = checkpoint.digest(start.checkpoint / "manifest.json")
+    except CheckpointError as error:
+        seen, why = None, str(error)
+    told = run.runtime.gather((seen, why))
+    for rank, (theirs, problem) in enumerate(told):
+        if problem is None and theirs != told[0][0]:
+            problem = f"`{start.checkpoint}` holds other files there than on rank 0; look at that node's file system"
+        if problem is not None:
+            error = CheckpointError(problem if len(told) == 1 else f"on rank {rank}: {problem}")
+            error.alike = True
+            raise error
     run.state, main = saved.state, run.runtime.world.is_main
     if main and saved.state.meter_sums:
         run.meters.load(saved.state.meter_sums)  # the sum over all ranks: the others go on from zero
     run.source.account.load(saved.state.data, main=main)
     run.source.account.check(saved.state.data)
+
+
+def _read(run: Run, path: Path) -> checkpoint.Snapshot:
+    # rank 0 has verified it when it was chosen; what another node's file system shows is verified there
+    why = None if run.runtime.world.is_main else checkpoint.problem(path)
+    if why is not None:
+        raise CheckpointError(f"`{path}` cannot be used: {why}; check that all nodes see the same file system")
+    return checkpoint.load(path, run.runtime.device)
+
+
+def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
+    """Networks, adapters and optimizer as saved. CheckpointError if they are of other shapes than these."""
+    try:
+        run.student.load_state_dict(saved.tensors["model"])
+        if "method" in saved.tensors:
+            run.method.load_state_dict(saved.tensors["method"])
+        if run.average is not None:
+            run.average.network.load_state_dict(saved.tensors["ema"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"`{path}` is not of these networks ({type(error).__name__}: {' '.join(str(error).split())!s:.300}); give "
+            "another checkpoint, or start anew with another --save_path"
+        ) from None
+    try:
+        run.optimizer.load_state_dict(saved.optimizer["optimizer"])
+        if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
+            run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # --allow-changes lets --freeze and --head-lr through
+        raise CheckpointError(
+            f"the optimizer of `{path}` is for other parameters than learn now ({error!s:.300}); go on with the "
+            "old --freeze and --head-lr, or start anew with another --save_path"
+        ) from None

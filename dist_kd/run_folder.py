@@ -5,9 +5,12 @@ Written by rank 0 only. Checkpoints are checkpoint.py's, metrics tracking's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 import uuid
 from importlib import metadata
@@ -63,6 +66,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             line = self.lock.take()
             self.checkpoints.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoints):
+                pass  # another user's folder is found out now, not at the first save
         except OSError as error:
             raise ConfigError(
                 f"--save_path `{self.path}` cannot be written ({error.strerror or error}); give a folder that can"
@@ -72,13 +77,16 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, or {} if it is not there."""
         try:
-            return json.loads((self.path / name).read_text())
+            content = json.loads((self.path / name).read_text())
+            if not isinstance(content, dict):
+                raise ValueError("it is no object")
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"`{self.path / name}` is not valid JSON ({error}); restore it, or give another --save_path"
+                f"`{self.path / name}` cannot be read as JSON ({error}); restore it, or give another --save_path"
             ) from error
+        return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, json.dumps(content, indent=1) + "\n")
@@ -86,7 +94,16 @@ class RunFolder:
     def status(self, state: str, **facts: Any) -> None:
         """running | done | preempted | failed: the truth, since launchers hide exit codes."""
         self.has_said = True
-        self.write("status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+        try:
+            self.write("status.json", {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+        except OSError as error:  # a full disk: what the run does counts for more than that it says so
+            with contextlib.suppress(OSError):
+                print(f"warning: status.json could not be written ({error}); it is `{state}`", file=sys.stderr)
+
+    def stopped_early(self, why: str) -> None:
+        """A start that was asked to stop before it had built anything: only the status says so."""
+        before = self.read("status.json")
+        self.status("preempted", step=before.get("step", 0), total_steps=before.get("total_steps"), message=why)
 
     def record_start(self, *, step: int, facts: dict[str, Any], start: dict[str, Any]) -> str:
         """Adds this start to run.json; the run's id, the same over all starts and in W&B."""

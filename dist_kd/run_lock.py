@@ -104,8 +104,12 @@ class RunLock:
             number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # EXCL follows no symbolic link
         except FileExistsError:
             return False
-        with open(number, "w") as file:
-            file.write(json.dumps(self._mine, indent=1) + "\n")
+        try:
+            with open(number, "w") as file:
+                file.write(json.dumps(self._mine, indent=1) + "\n")
+        except OSError:  # a full disk: half a lock would keep the next start out
+            self.path.unlink()
+            raise
         return True
 
     def _silence(self) -> float:

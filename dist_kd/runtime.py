@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 from dist_kd.config import Config
 from dist_kd.contracts import World
 from dist_kd.errors import ConfigError, DistKDError
+from dist_kd.stop_signals import STOP_SIGNALS, noted, orphaned
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ORPHAN_LOOK_S = 1.0  # between two looks whether the launcher still lives
+ORPHAN_GRACE_S = 120.0  # from its death to ours: one step, one save
 GROUP_TIMEOUT = timedelta(minutes=15)  # longest wait in any collective
 
 
@@ -42,7 +46,8 @@ class Runtime:
     def say(self, text: str) -> None:
         """Prints on rank 0 only."""
         if self.world.is_main:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone: training goes on
+                print(text, flush=True)
 
     def prepare(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Learner in DDP and under autocast, optimizer with loss scaling. Loaders are never prepared (loader.py)."""
@@ -141,8 +146,32 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
+def launched() -> bool:
+    """Whether a launcher started this process: it would report any exit code but 0 as a crash."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _leave_with_launcher() -> None:
+    """A launcher that was killed ends nobody: its processes would train on, in the way of the next start.
+
+    StopRequests has the run saved and stopped then. What does not get that far (a peer that hangs) ends here. A thread
+    and not Linux's parent-death signal: it also sees a launcher that was gone before, and a main thread that waits.
+    """
+    since = None
+    while since is None or time.monotonic() < since + ORPHAN_GRACE_S:
+        if since is None and orphaned():
+            since = time.monotonic()
+        time.sleep(ORPHAN_LOOK_S)
+    print(f"the launcher is gone and the run did not stop within {ORPHAN_GRACE_S:.0f} s", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def start_runtime(config: Config) -> Runtime:
     """The runtime of this process; starts the process group if a launcher set one up."""
+    if launched():
+        if orphaned():
+            raise ConfigError("the launcher that started this process is gone; nothing was done, start it again")
+        threading.Thread(target=_leave_with_launcher, name="launcher", daemon=True).start()
     # a launcher's config may ask for accumulation by environment; ours follows from the plan alone
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     cuda = torch.cuda.is_available() and not config.cpu
@@ -188,6 +217,7 @@ class StopRequests:
         self._file = run_dir / "STOP"
         self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self._next_look = 0.0
+        self._launched = launched()
         self._asked: tuple[Any, Tensor, float] | None = None
         self.exceeded = 0  # the sum of all counts, once it was more than it may be
         self.reason: str | None = None
@@ -197,6 +227,7 @@ class StopRequests:
         """Handlers only set the flag: saving inside a signal handler is not safe."""
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+        self.reason = self.reason or noted.take()
 
     def uninstall(self) -> None:
         for number, handler in self._previous.items():
@@ -217,6 +248,8 @@ class StopRequests:
         now = time.monotonic()
         if self._deadline is not None and now >= self._deadline:
             self.reason = self.reason or "time limit"
+        if self._launched and orphaned():
+            self.reason = self.reason or "the launcher is gone"
         # a network file system is asked at most four times a second
         if self._runtime.world.is_main and now >= self._next_look:
             self._next_look = now + 0.25

@@ -6,8 +6,6 @@ command line has been found good.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -17,19 +15,21 @@ if __name__ == "__main__":
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _here)]
 
-from dist_kd.cli import ended, parse
+from dist_kd import stop_signals
 
-# SLURM's warning can come while torch is still being imported, and would kill a process that has no handler yet. The
-# run's own handlers (runtime.py:StopRequests) replace this. SIGTERM keeps its default: before step 1 nothing is lost.
-EARLY_IGNORED = ("SIGUSR1",)
+# SLURM's warning can come while torch is still being imported, and would kill a process that has no handler yet: it is
+# noted, and ends the run before its first step
+if __name__ == "__main__":
+    _for_good = stop_signals.noting()
+    _for_good.__enter__()  # also after the run: a second signal must not change how it ended
+
+from dist_kd.cli import ended, parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; the process's exit code (errors.py; 75: stopped, the same line goes on)."""
-    for name in EARLY_IGNORED:
-        with contextlib.suppress(ValueError, AttributeError):  # not the main thread; no such signal here
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    return ended(lambda: _train(sys.argv[1:] if argv is None else argv))
+    with stop_signals.noting():
+        return ended(lambda: _train(sys.argv[1:] if argv is None else argv))
 
 
 def _train(argv: list[str]) -> int:

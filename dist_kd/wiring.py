@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from dist_kd import compression, models, results
-from dist_kd.checkpoint import ThirdSet, TrainState
+from dist_kd.checkpoint import write_atomically, writing
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
 from dist_kd.contracts import World
@@ -33,10 +32,12 @@ from dist_kd.optimizer import make_optimizer
 from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
-from dist_kd.runtime import Runtime, StopRequests, start_runtime
+from dist_kd.runtime import Runtime, StopRequests, launched, start_runtime
 from dist_kd.sets import Sets, check_cache, data_lines, loader_settings, make_evaluator, open_sets
+from dist_kd.stop_signals import noted
 from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
+from dist_kd.train_state import ThirdSet, TrainState
 from dist_kd.world_digest import check_same_world
 
 EXIT_PREEMPTED = 75
@@ -287,7 +288,6 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
 
 
 def _record(parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, sets: Sets, start: Start) -> str:
-    (folder.path / "config.yaml").write_text(config_yaml(parsed))
     facts = {
         "parameters": sum(p.numel() for p in run.student.parameters()),
         "data": {
@@ -309,13 +309,10 @@ def _record(parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, sets:
         "threads": torch.get_num_threads(),
         "from": str(start.checkpoint) if start.checkpoint else None,
     }
-    folder.status("running", step=run.state.step, total_steps=run.plan.total_steps)
-    return folder.record_start(step=run.state.step, facts=facts, start=this)
-
-
-def launched() -> bool:
-    """Whether a launcher started this process: it would report any exit code but 0 as a crash."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    with writing(folder.path, "the record of this start"):
+        write_atomically(folder.path / "config.yaml", config_yaml(parsed))
+        folder.status("running", step=run.state.step, total_steps=run.plan.total_steps)
+        return folder.record_start(step=run.state.step, facts=facts, start=this)
 
 
 def run_training(parsed: Parsed) -> int:
@@ -330,10 +327,16 @@ def run_training(parsed: Parsed) -> int:
         taken_over = runtime.on_main(folder.occupy)
         if taken_over:
             runtime.say(taken_over)
+        early = next(filter(None, runtime.gather(noted.reason)), None)
+        if early:  # before anything was built
+            runtime.on_main(lambda: folder.stopped_early(early))
+            runtime.say(f"stopped before the first step ({early}); the same command starts it")
+            runtime.close()
+            return _exit_code("preempted")
         run, built = build_run(parsed, runtime, folder)
         outcome = fit(run)
         if outcome == "done":
-            runtime.on_main(lambda: results.finish(config, folder, run, built, time.monotonic() - started))
+            runtime.on_main(lambda: _finish(parsed, folder, run, built, started))
         else:
             runtime.say(f"stopped at step {run.state.step} ({run.stop.reason}); the same command goes on from there")
             run.stop.obeyed()
@@ -355,7 +358,18 @@ def run_training(parsed: Parsed) -> int:
             runtime.barrier()  # a launcher ends all others when the first is gone, and rank 0 has yet to say why
         if run is not None:
             run.stop.uninstall()
+    return _exit_code(outcome)
+
+
+def _exit_code(outcome: str) -> int:
     return EXIT_PREEMPTED if outcome == "preempted" and not launched() else 0
+
+
+def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], started: float) -> None:
+    with writing(
+        folder.path, "what a finished run leaves (its last checkpoint stands: the same command goes on there)"
+    ):
+        results.finish(parsed.config, folder, run, built, time.monotonic() - started)
 
 
 def _record_failure(world: World, folder: RunFolder, run: Run | None, error: BaseException) -> None:

@@ -25,7 +25,7 @@ def ended(call: Callable[[], int | None]) -> int:
     """The exit code of `call()`, after saying on stderr what went wrong, if anything did."""
     try:
         code = call() or 0
-        sys.stdout.flush()  # a closed pipe shows itself here, not after our last line
+        _flush()  # a closed pipe shows itself here, not after our last line
         return code
     except DistKDError as error:
         if _speaks(error):
@@ -34,8 +34,22 @@ def ended(call: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        _drop_output()
         return CLOSED_PIPE
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:  # a log on a full disk does not change how the command ended
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Nothing more is written, or the interpreter would complain when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _speaks(error: DistKDError) -> bool:
