@@ -61,6 +61,25 @@ def test_allocator(tmp_path):
     assert [len(found["seconds"][name]) for name in ("kept", "given back")] == [2, 2]
 
 
+def test_collect(tmp_path):
+    from dist_kd.cli import parse
+    from dist_kd.commands.pack import main as pack
+    from dist_kd.wiring import run_training
+
+    pack(["digits", str(tmp_path / "digits"), "--limit-per-class", "30", "--test-fraction", "0.2", "--jobs", "1"])
+    for seed in "0", "1":
+        line = ["--arch", "cnn_small", "--data", str(tmp_path / "digits"), "--image-size", "8", "--batch-size", "32"]
+        more = ["--max-steps", "2", "--cpu", "--seed", seed, "--save-path", str(tmp_path / f"run-{seed}")]
+        assert run_training(parse([*line, *more], {})) == 0
+    to = tmp_path / "results.json"
+    out = run("collect.py", str(tmp_path / "run-0"), str(tmp_path / "run-1"), "--to", str(to))
+    assert "cnn_small, labels only | 0, 1 " in out and " +- " in out
+    assert str(tmp_path) not in to.read_text()  # no machine's paths
+    first, second = json.loads(to.read_text())
+    assert first["student"]["test"]["last"]["samples"] == second["student"]["test"]["last"]["samples"] > 0
+    assert (second["settings"]["seed"], second["settings"]["batch_size"]) == (1, 32)
+
+
 def test_methods(tmp_path):
     out = run("methods.py", "--tiny", "--methods", "dist", "--json", str(tmp_path / "methods.json"))
     assert "| method " in out and "step / ce" in out
