@@ -28,7 +28,7 @@ from dist_kd.errors import CheckpointError, SaveError
 from dist_kd.train_state import ThirdSet as ThirdSet
 from dist_kd.train_state import TrainState, check, state_of
 
-SCHEMA = 3  # 1 counted bad samples without their kinds; 2 knew no test set
+SCHEMA = 4  # 1 counted bad samples without their kinds; 2 knew no test set; 3 skipped updates in fp16 only
 PREFIX = "step_"
 REPLACED = ".replaced"
 NAME = re.compile(rf"{PREFIX}(\d{{8,}})({re.escape(REPLACED)})?")
@@ -282,7 +282,7 @@ def problem(checkpoint: Path) -> str | None:
         if not files.keys() >= NEEDED:
             return f"its manifest does not name {', '.join(sorted(NEEDED - files.keys()))}"
     except UNREADABLE as error:
-        return f"its manifest cannot be read ({type(error).__name__}: {error!s:.200})"
+        return f"its manifest cannot be read ({type(error).__name__}: {' '.join(str(error).split()):.200})"
     try:
         facts = read_facts(checkpoint)
         state_of(facts)
@@ -293,7 +293,9 @@ def problem(checkpoint: Path) -> str | None:
             if facts["layout"][name] < 1:
                 raise ValueError(f"{name} is {facts['layout'][name]}")
     except UNREADABLE as error:
-        return f"state.json is not what this version writes ({type(error).__name__}: {error!s:.200})"
+        return (
+            f"state.json is not what this version writes ({type(error).__name__}: {' '.join(str(error).split()):.200})"
+        )
     return None
 
 
@@ -353,8 +355,11 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
         tensors = {path.stem: load_file(path, device=str(device)) for path in paths}
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     except UNREADABLE as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        if isinstance(error, pickle.UnpicklingError):  # torch would tell how to run it all the same
+            why = "optimizer.pt holds more than tensors and numbers: what could run code is not read"
         raise CheckpointError(
-            f"checkpoint `{checkpoint}` cannot be read on this process ({type(error).__name__}: {error!s:.300}); "
+            f"checkpoint `{checkpoint}` cannot be read on this process ({why}); "
             "check the file system, or remove the folder to fall back to an older one"
         ) from error
     return Snapshot(state, tensors, optimizer, facts)
