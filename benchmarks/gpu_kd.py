@@ -32,6 +32,7 @@ from dist_kd.plan import make_plan
 from dist_kd.runtime import Runtime, start_runtime
 from dist_kd.teacher import Teacher
 from dist_kd.tracking import NullTracker
+from dist_kd.updates import Updates
 from dist_kd.wiring import build_student
 
 CLASSES = 1000
@@ -91,12 +92,13 @@ def our_run(config: Config, runtime: Runtime, student: nn.Module, teacher: Any, 
     optimizer = make_optimizer(config, learner)
     if config.compile:
         student.net.compile()
+    updates = Updates(optimizer, student)
     prepared, optimizer = runtime.prepare(learner, optimizer)
     prepared.train()
     return Run(
-        plan=make_plan(config, 1, 1_281_167), seed=config.seed, clip_norm=None, keep=1, folder=Path(), runtime=runtime,
+        plan=make_plan(config, 1, 1_281_167), seed=config.seed, keep=1, folder=Path(), runtime=runtime,
         source=None, teacher=teacher, student=student, method=method, learner=prepared, optimizer=optimizer,
-        average=None, evaluator=None, meters=Meters(runtime.device, parts_of(config.method)),
+        updates=updates, average=None, evaluator=None, meters=Meters(runtime.device, parts_of(config.method)),
         tracker=NullTracker(), stop=None, state=TrainState(), facts={},
     )  # fmt: skip
 

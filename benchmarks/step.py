@@ -137,7 +137,6 @@ class OurLoop:
 def by_part(ours: OurLoop, bare: BareLoop, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     """Milliseconds a step by part of both loops, medians over rounds. To be called last."""
     run, watch = ours.run, paired.Stopwatch()
-    accelerator = run.runtime.accelerator
     inner = watch.timed("data", ours.batches.__next__)
     ours.batches = (inner() for _ in iter(int, 1))
     run.teacher = watch.timed("teacher", run.teacher)
@@ -146,10 +145,8 @@ def by_part(ours: OurLoop, bare: BareLoop, rounds: int, steps: int) -> dict[str,
         (watch, loop, "seed_networks", "seeding"),
         (watch, run.learner, "forward", "student and loss"),
         (watch, loop, "_backward", "backward"),
-        (watch, accelerator, "clip_grad_norm_", "log"),  # for the logged norm
         (watch, run.meters, "add", "meters"),
-        (watch, run.optimizer.optimizer, "step", "update"),
-        (watch, run.optimizer.optimizer, "zero_grad", "update"),
+        (watch, run.updates, "step", "update"),
         (watch, run.stop, "agreed", "stop look"),
         (watch, loop, "_log", "log"),
         (theirs, bare, "next_batch", "data"),

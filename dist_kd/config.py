@@ -284,6 +284,14 @@ class Config(BaseModel):
     clip_norm: float | None = setting(
         None, "Largest gradient norm; missing: no clipping.", group=OPTIM, result=True, gt=0, aliases=("--clip-grad",)
     )
+    max_skipped_steps: int = setting(
+        10,
+        "Updates in a row that may be skipped because their gradients are not finite, before the run ends.",
+        group=OPTIM,
+        result=False,
+        unit="steps",
+        ge=0,
+    )
     ema_decay: float | None = setting(
         None,
         "Decay per step of the averaged student (buffers too), warmed up as (1+n)/(10+n); then "

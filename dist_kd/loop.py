@@ -23,6 +23,7 @@ from dist_kd.meters import Meters
 from dist_kd.optimizer import set_lr
 from dist_kd.plan import Plan, due
 from dist_kd.runtime import Runtime, StopRequests
+from dist_kd.updates import Updates
 
 MOST_FAILED_SAVES = 3  # in a row
 
@@ -33,7 +34,6 @@ class Run:
 
     plan: Plan
     seed: int
-    clip_norm: float | None
     keep: int
     folder: Path
     runtime: Runtime
@@ -43,6 +43,7 @@ class Run:
     method: nn.Module
     learner: nn.Module  # student and method, as prepared for these processes
     optimizer: Any  # as prepared
+    updates: Updates
     average: Average | None
     evaluator: Evaluator
     meters: Meters
@@ -104,6 +105,8 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
     state, plan, clock = run.state, run.plan, run.meters.clock
     accelerator = run.runtime.accelerator
     set_lr(run.optimizer.param_groups, plan.lr_at(state.step))
+    run.updates.begin()
+    seen = []
     for micro_step in range(plan.accum_steps):
         last = micro_step == plan.accum_steps - 1
         with clock.part("data"):
@@ -118,21 +121,25 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
                 terms = run.learner(batch, teacher)
                 _backward(terms.total if plan.accum_steps == 1 else terms.total / plan.accum_steps, accelerator.scaler)
         run.meters.add(terms, batch)
+        seen.append((terms.total.detach(), batch.samples))
     with clock.part("student"):
-        grad_norm = None
-        if run.clip_norm is not None or plan.log_due(state.step + 1):
-            limit = math.inf if run.clip_norm is None else run.clip_norm
-            grad_norm = accelerator.clip_grad_norm_(run.learner.parameters(), limit)
-        # Accelerate's wrapper scales losses; where none are scaled it only looks, twice a step, for a package: 0.2 ms
-        optimizer = run.optimizer if accelerator.scaler is not None else run.optimizer.optimizer
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = run.updates.step(state, plan.log_due(state.step + 1), lambda: _suspects(run, seen))
         if run.average is not None:
             run.average.update(run.student, state.step)
-    state.skipped_steps += int(run.optimizer.step_was_skipped)  # fp16 only: Accelerate has read the scale already
     state.step += 1
     run.meters.step_done()
     return grad_norm
+
+
+def _suspects(run: Run, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """Where the losses of the last batch were not finite, in words. `seen`: (loss, samples) of its micro-batches."""
+    mine = [number for loss, samples in seen if not loss.isfinite() for number in samples.tolist()]
+    told = [
+        f"on rank {rank} (samples {', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''})"
+        for rank, numbers in enumerate(run.runtime.gather(mine))
+        if numbers
+    ]
+    return f"; the last loss is not finite {' and '.join(told)}" if told else "; every last loss was finite"
 
 
 def _backward(loss: torch.Tensor, scaler: Any) -> None:
@@ -143,8 +150,9 @@ def _backward(loss: torch.Tensor, scaler: Any) -> None:
 def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
     """One line of training metrics: the only host sync between evaluations. All ranks take part in the sums."""
     state, plan = run.state, run.plan
+    run.updates.settle(state, state.step)
     values = run.meters.drain(run.runtime.reduce_sum)
-    if not math.isfinite(values["train/loss"]):
+    if not state.skipped_in_a_row and not math.isfinite(values["train/loss"]):
         raise DivergedError(
             f"the training loss is `{values['train/loss']}` at step {state.step}: some update of the last "
             f"{plan.log_steps} diverged; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from "
@@ -199,7 +207,15 @@ def _evaluate(run: Run) -> tuple[bool, bool]:
     run.meters.restart_clock()
     if not scores.complete or (test is not None and not test.complete):
         return False, True  # evaluated_at stays: the resumed run makes up for it, of both sets
+    run.updates.settle(state, state.step)
     values = scores.values("val") | {"val/epoch": run.plan.epoch_at(state.step), "val/seconds": scores.seconds}
+    if not math.isfinite(values["val/loss"]):
+        error = DivergedError(
+            f"the validation loss is `{values['val/loss']}` at step {state.step}: what the student is by now is of no "
+            "use; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from an earlier checkpoint"
+        )
+        error.alike = True
+        raise error
     state.evaluated_at = state.step
     state.evaluations += 1
     state.last = {k.removeprefix("val/"): v for k, v in values.items()} | {"step": state.step}
@@ -226,6 +242,7 @@ def snapshot(run: Run) -> Snapshot:
     """What a checkpoint holds now. Rank 0's buffers are the run's. Sums of all ranks stand in one place."""
     accelerator = run.runtime.accelerator
     _account(run)
+    run.updates.settle(run.state, run.state.step)
     run.state.meter_sums = run.runtime.reduce_sum(run.meters.state()).tolist()
     tensors = {"model": run.student.state_dict()}
     if any(True for _ in run.method.state_dict()):

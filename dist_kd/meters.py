@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -83,7 +84,9 @@ class Meters:
             good = weights.sum()
             means = [terms.total, *(terms.parts[n] for n in self.names[1:-4])]
             news = torch.stack([*means, hits[0], hits.sum(), good, rows - good])
-            self._sums.addcmul_(news.to(self._sums.dtype), self._weights_for(rows))
+            # a micro-batch without a finite loss is left out whole: its update is skipped, and counted there
+            news = torch.where(news.isfinite().all(), news, 0).to(self._sums.dtype)
+            self._sums.addcmul_(news, self._weights_for(rows))
         self._kept.clear()
 
     def _weights_for(self, rows: int) -> Tensor:
@@ -113,9 +116,9 @@ class Meters:
         parts = self.clock.drain()
         now = time.perf_counter()
         steps = max(1, self._steps)
-        rows = max(1.0, sums["rows"] + sums["bad"])  # losses are divided by all rows, hits by the good ones
+        rows = sums["rows"] + sums["bad"] or math.nan  # losses are divided by all rows, hits by the good ones
         values = {f"train/{n}": sums[n] / rows for n in self.names[:-4]}
-        values |= {f"train/{n}": 100 * sums[n] / max(1.0, sums["rows"]) for n in ("top1", "top5")}
+        values |= {f"train/{n}": 100 * sums[n] / (sums["rows"] or math.nan) for n in ("top1", "top5")}
         wall = now - self._since
         values["time/step_ms"] = 1000 * wall / steps
         values |= {f"time/{p}_ms": 1000 * parts.get(p, 0.0) / steps for p in PARTS}

@@ -38,7 +38,8 @@ class TrainState:
     best_top1: float = -1.0
     best_step: int = -1
     evaluations: int = 0
-    skipped_steps: int = 0  # updates dropped by fp16 loss scaling
+    skipped_steps: int = 0  # updates that changed nothing because gradients were not finite
+    skipped_in_a_row: int = 0  # of these, the last ones without one between that was made
     meter_sums: list[float] = field(default_factory=list)  # of the unfinished log window
     data: DataCounters = field(default_factory=DataCounters)  # of training, summed over all ranks
     val_bad: dict[str, int] = field(default_factory=dict)  # of the last evaluation: kind of damage -> samples

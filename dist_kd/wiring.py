@@ -38,6 +38,7 @@ from dist_kd.stop_signals import noted
 from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 from dist_kd.train_state import ThirdSet, TrainState
+from dist_kd.updates import Updates
 from dist_kd.world_digest import check_same_world
 
 EXIT_PREEMPTED = 75
@@ -193,6 +194,13 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     if config.compile:
         student.net.compile()
     prepared, optimizer = runtime.prepare(learner, bare_optimizer)
+    updates = Updates(
+        bare_optimizer,
+        student,
+        scaler=runtime.accelerator.scaler,
+        clip_norm=config.clip_norm,
+        max_skipped=config.max_skipped_steps,
+    )
 
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
@@ -216,7 +224,6 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     run = Run(
         plan=plan,
         seed=config.seed,
-        clip_norm=config.clip_norm,
         keep=config.keep,
         folder=folder.checkpoints,
         runtime=runtime,
@@ -226,6 +233,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         method=method,
         learner=prepared,
         optimizer=optimizer,
+        updates=updates,
         average=average,
         evaluator=evaluator,
         meters=Meters(runtime.device, parts_of(config.method)),

@@ -25,7 +25,7 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F2", {"models", "methods", "data", "tracking"}),
     ("F3", {"teacher", "learner", "optimizer", "ema", "meters", "evaluation", "checkpoint", "compression", "runtime"}),
     ("F3a", {"run_lock"}),
-    ("F3b", {"run_folder", "sets"}),
+    ("F3b", {"run_folder", "sets", "updates"}),
     # the command line asks rooms for names only; it is below wiring, which writes the settings back through it
     ("F4", {"loop", "cli", "report", "world_digest"}),
     ("F5", {"resume", "results", "sweep"}),

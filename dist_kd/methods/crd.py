@@ -116,7 +116,7 @@ class Term(frame.Term):
         w = weights.to(logits[0].dtype)
         sums = torch.stack([*((w * each.exp().mean(dim=1)).sum() for each in logits), w.sum()])
         sums = sum_over_ranks(sums)
-        good = sums[2] > 0
+        good = (sums[2] > 0) & sums.isfinite().all()
         found = torch.where(good, sums[:2] / sums[2].clamp_min(1), 1.0).log()
         unknown = self.log_means.isnan()
         if self.training:
@@ -132,6 +132,7 @@ class Term(frame.Term):
             bank = getattr(self, name)
             old = bank[samples]
             new = F.normalize(self.momentum * old + (1 - self.momentum) * rows_of_all_ranks(rows), dim=1)
+            kept = good & new.isfinite().all(dim=1, keepdim=True)  # what is not finite would come back as a negative
             # a new tensor: backward still needs the old one
-            setattr(self, name, bank.index_copy(0, samples, torch.where(good, new, old).to(bank.dtype)))
+            setattr(self, name, bank.index_copy(0, samples, torch.where(kept, new, old).to(bank.dtype)))
         self.rows_seen += batch.weights.shape[0] * world_size()

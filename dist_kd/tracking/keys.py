@@ -41,7 +41,7 @@ KEYS: dict[str, Key] = {
     "train/epoch": Key("epochs", "Passes over the training data so far, with fraction"),
     "train/samples": Key("samples", "Training samples seen so far"),
     "train/scale": Key("", "Loss scale (fp16 only)"),
-    "train/skipped_steps": Key("steps", "Steps skipped so far because gradients overflowed (fp16 only)", "down"),
+    "train/skipped_steps": Key("steps", "Steps skipped so far because gradients were not finite", "down"),
     "time/step_ms": Key("ms", "Wall time of an optimizer step", "down"),
     "time/data_ms": Key("ms", "Part of the step spent waiting for the batch", "down"),
     "time/teacher_ms": Key("ms", "Part of the step spent in the teacher", "down"),
