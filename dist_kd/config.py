@@ -333,6 +333,16 @@ class Config(BaseModel):
         None, "Steps between evaluations; missing: at each epoch's end.", group=RUN, result=True, unit="steps", ge=1
     )
     log_steps: int = setting(50, "Steps between log points.", group=RUN, result=False, unit="steps", ge=1)
+    hang_timeout: float | None = setting(
+        None,
+        "Longest time in which nothing moves before the run ends and says who is behind; four times as long until "
+        "the first step is done, and after the last. Missing: 900, or three times --loader-timeout if that is more.",
+        group=RUN,
+        result=False,
+        unit="seconds",
+        gt=0,
+        le=1e6,
+    )
     time_limit: float | None = setting(
         None, "Stop with a checkpoint after this long.", group=RUN, result=False, unit="minutes", gt=0
     )
@@ -357,6 +367,11 @@ class Config(BaseModel):
     tensorboard: bool = setting(
         False, "Mirror metrics to TensorBoard files (extra: tensorboard).", group=TRACK, result=False
     )
+
+    @property
+    def hang_limit_s(self) -> float:
+        """Seconds. Longer than a batch may take, so that a loader that hangs is named by its own, better sentence."""
+        return max(900.0, 3 * self.loader_timeout) if self.hang_timeout is None else self.hang_timeout
 
     @property
     def peak_lr(self) -> float:

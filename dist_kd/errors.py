@@ -6,6 +6,8 @@ DistKDError
   CheckpointError   raised by checkpoint: nothing usable to resume from, or another run's files (exit 4)
   DivergedError     raised by loop: the loss is no longer finite (exit 5)
   SaveError         raised by checkpoint: the disk takes no checkpoint, or no other file of the run (exit 6)
+  HungError         said by watchdog: nothing moved for longer than it may (exit 7)
+  LostError         raised by first_failure: another rank ended, which ends this one (exit 8)
 """
 
 LONGEST_MESSAGE = 1500  # characters; a path may have 4096
@@ -55,6 +57,20 @@ class SaveError(DistKDError):
 
     exit_code = 6
     kind = "save"
+
+
+class HungError(DistKDError):
+    """Nothing moved for longer than it may. Never raised: the main thread hangs, and the watchdog ends the process."""
+
+    exit_code = 7
+    kind = "hung"
+
+
+class LostError(DistKDError):
+    """Another rank failed or died: what ended this one is only that its connection broke."""
+
+    exit_code = 8
+    kind = "lost"
 
 
 def one_line(message: str) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_kd.meters import Meters
 from dist_kd.optimizer import set_lr
 from dist_kd.plan import Plan, due
 from dist_kd.runtime import Runtime, StopRequests
+from dist_kd.stragglers import Stragglers
 from dist_kd.updates import Updates
 
 MOST_FAILED_SAVES = 3  # in a row
@@ -54,6 +55,7 @@ class Run:
     tester: Evaluator | None = None  # of a third set, which is scored and never chosen by
     still_ours: Callable[[], None] = lambda: None  # raises if the folder is another run's by now
     failed_saves: int = 0  # in a row
+    stragglers: Stragglers = field(default_factory=Stragglers)
 
 
 def seed_networks(seed: int, step: int, first_row: int, device: torch.device) -> None:
@@ -70,7 +72,7 @@ def fit(run: Run) -> str:
 
     DataError, on all ranks and after a checkpoint, if more samples are damaged than may be.
     """
-    state, plan, account = run.state, run.plan, run.source.account
+    state, plan, account, progress = run.state, run.plan, run.source.account, run.runtime.progress
     batches = run.source.batches(state.step)
     run.learner.train()
     run.meters.restart_clock()
@@ -80,11 +82,13 @@ def fit(run: Run) -> str:
         while True:
             improved = stopping = False
             if plan.eval_due(state.step) and state.evaluated_at != state.step:
+                progress.at("evaluation", state.step)
                 improved, stopping = _evaluate(run)
             stopping = run.stop.agreed(account.mine.in_epoch, account.limit) or stopping
             finished = state.step == plan.total_steps
             wanted = improved or stopping or finished or due(state.step, plan.checkpoint_steps)
             if wanted and saved != (state.step, state.evaluated_at):
+                progress.at("save", state.step)
                 if _save(run, must=stopping or finished):
                     saved = (state.step, state.evaluated_at)
                 account.check(state.data, seen=run.stop.exceeded)
@@ -93,6 +97,7 @@ def fit(run: Run) -> str:
             if stopping:
                 return "preempted"
             grad_norm = _train_step(run, batches)
+            progress.patient = False
             if plan.log_due(state.step):
                 _log(run, grad_norm)
     finally:
@@ -103,14 +108,16 @@ def fit(run: Run) -> str:
 def _train_step(run: Run, batches) -> torch.Tensor | None:
     """One optimizer update over the global batch; the gradient's norm if it was computed. No host sync."""
     state, plan, clock = run.state, run.plan, run.meters.clock
-    accelerator = run.runtime.accelerator
+    accelerator, progress = run.runtime.accelerator, run.runtime.progress
     set_lr(run.optimizer.param_groups, plan.lr_at(state.step))
     run.updates.begin()
     seen = []
     for micro_step in range(plan.accum_steps):
         last = micro_step == plan.accum_steps - 1
+        progress.at("data", state.step + 1)
         with clock.part("data"):
             batch = next(batches)
+        progress.at("forward", state.step + 1)
         with clock.part("teacher"):
             teacher = run.teacher(batch.images)
         with clock.part("student"):
@@ -118,7 +125,9 @@ def _train_step(run: Run, batches) -> torch.Tensor | None:
             seed_networks(run.seed, state.step, first_row, run.runtime.device)
             # gradients travel once per update, not once per micro-batch
             with nullcontext() if last else accelerator.no_sync(run.learner):
-                terms = run.learner(batch, teacher)
+                with clock.part("forward"):
+                    terms = run.learner(batch, teacher)
+                progress.at("backward", state.step + 1)
                 _backward(terms.total if plan.accum_steps == 1 else terms.total / plan.accum_steps, accelerator.scaler)
         run.meters.add(terms, batch)
         seen.append((terms.total.detach(), batch.samples))
@@ -158,6 +167,12 @@ def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
             f"{plan.log_steps} diverged; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from "
             "the last checkpoint"
         )
+    slow, warning = run.stragglers.look(
+        run.runtime.world, run.meters.own_ms, values["time/step_ms"], run.runtime.reduce_sum
+    )
+    if warning:
+        run.tracker.note(warning)
+    values |= slow
     data = _account(run)
     values |= {f"data/bad/{kind}": float(count) for kind, count in data.bad.items()}
     values |= {

@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_kd.contracts import Batch, LossTerms
 
 PARTS = ("data", "teacher", "student")
+OWN = ("data", "teacher", "forward")  # what a rank does without waiting for others; `forward` is within `student`
 # micro-batches counted together: one at a time, between a backward and the next forward that push each other out of
 # the processor's caches, these small operations take eight times as long (0.3 ms a step)
 KEPT = 16
@@ -64,6 +65,7 @@ class Meters:
         self._kept: list[tuple[LossTerms, Tensor, Tensor]] = []  # micro-batches not yet in the sums
         self._weights: dict[int, Tensor] = {}
         self.clock = Clock(device)
+        self.own_ms = [0.0] * len(OWN)  # of this rank, a step, in the window that was drained last
         self._since = time.perf_counter()
         self._steps = 0
 
@@ -123,6 +125,7 @@ class Meters:
         values["time/step_ms"] = 1000 * wall / steps
         values |= {f"time/{p}_ms": 1000 * parts.get(p, 0.0) / steps for p in PARTS}
         values["time/other_ms"] = max(0.0, values["time/step_ms"] - sum(values[f"time/{p}_ms"] for p in PARTS))
+        self.own_ms = [1000 * parts.get(p, 0.0) / steps for p in OWN]
         self._sums.zero_()
         self.restart_clock()
         return values

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from dist_kd.config import Config
 from dist_kd.contracts import World
 from dist_kd.errors import ConfigError, DistKDError
 from dist_kd.stop_signals import STOP_SIGNALS, noted, orphaned
+from dist_kd.watchdog import PATIENCE, Progress
 
 ORPHAN_LOOK_S = 1.0  # between two looks whether the launcher still lives
 ORPHAN_GRACE_S = 120.0  # from its death to ours: one step, one save
-GROUP_TIMEOUT = timedelta(minutes=15)  # longest wait in any collective
+GROUP_SLACK_S = 300.0  # a collective waits so much longer than the watchdog, whose evidence its end would destroy
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Runtime:
     precision: str  # no, fp16 or bf16
     precision_origin: str
     cpu_group: Any = None  # gloo, for agreements that must not sync a GPU
+    progress: Progress = field(default_factory=Progress)  # told before and after each wait for other ranks
 
     def say(self, text: str) -> None:
         """Prints on rank 0 only."""
@@ -58,14 +60,16 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world.world_size > 1:
-            dist.barrier(group=self.cpu_group)
+            with self.progress.waiting():
+                dist.barrier(group=self.cpu_group)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.world.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        with self.progress.waiting():
+            dist.broadcast_object_list(box, src=0, group=self.cpu_group)
         return box[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
@@ -88,27 +92,31 @@ class Runtime:
         if self.world.world_size == 1:
             return [value]
         values = [None] * self.world.world_size
-        dist.all_gather_object(values, value, group=self.cpu_group)
+        with self.progress.waiting():
+            dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, as a new tensor on the CPU. Syncs the device."""
         total = values.detach().to("cpu", torch.float64)
         if self.world.world_size > 1:
-            dist.all_reduce(total, group=self.cpu_group)
+            with self.progress.waiting():
+                dist.all_reduce(total, group=self.cpu_group)
         return total
 
     def reduce_max(self, values: Tensor) -> Tensor:
         total = values.detach().cpu().clone()
         if self.world.world_size > 1:
-            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.cpu_group)
+            with self.progress.waiting():
+                dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return total
 
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Rank 0's running statistics become every rank's: they are the run's."""
         if self.world.world_size > 1:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)
+            with self.progress.waiting():
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
 
     def close(self) -> None:
         if self.world.world_size > 1 and dist.is_initialized():
@@ -176,10 +184,11 @@ def start_runtime(config: Config) -> Runtime:
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     cuda = torch.cuda.is_available() and not config.cpu
     precision, origin = _precision(config, cuda)
+    longest_wait = timedelta(seconds=PATIENCE * config.hang_limit_s + GROUP_SLACK_S)
     handlers = [
         # buffers are broadcast before evaluation and saving instead of at every step
         accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        accelerate.InitProcessGroupKwargs(timeout=GROUP_TIMEOUT),
+        accelerate.InitProcessGroupKwargs(timeout=longest_wait),
     ]
     accelerator = accelerate.Accelerator(cpu=config.cpu, mixed_precision=precision, kwargs_handlers=handlers)
     accelerator.gradient_accumulation_steps = 1
@@ -199,7 +208,7 @@ def start_runtime(config: Config) -> Runtime:
         keep_freed_memory()
     group = None
     if world.world_size > 1:
-        group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=longest_wait)
     # among several processes Accelerate numbers the CPU, which safetensors refuses
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
     return Runtime(accelerator, world, device, precision, origin, group)
@@ -262,7 +271,9 @@ class StopRequests:
 
         With several ranks the answer is one call old, hence the same on all.
         """
+        progress = self._runtime.progress
         asked, total = int(self._look()), count
+        progress.beat(waiting=True)
         if self._runtime.world.world_size > 1:
             question, before = (torch.tensor([asked, count]), most), self._asked
             asked, total = 0, 0
@@ -272,6 +283,7 @@ class StopRequests:
                 asked, total = answer.tolist()
             work = dist.all_reduce(question[0], group=self._runtime.cpu_group, async_op=True)
             self._asked = (work, *question)
+        progress.beat()
         if total > most:
             self.exceeded = total
         if asked:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from dist_kd import compression, models, results
+from dist_kd import compression, first_failure, models, results
 from dist_kd.checkpoint import write_atomically, writing
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
-from dist_kd.contracts import World
 from dist_kd.data.index import Index
 from dist_kd.data.loader import TrainLoader
 from dist_kd.data.mix import Mix
@@ -39,6 +38,7 @@ from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 from dist_kd.train_state import ThirdSet, TrainState
 from dist_kd.updates import Updates
+from dist_kd.watchdog import Watchdog
 from dist_kd.world_digest import check_same_world
 
 EXIT_PREEMPTED = 75
@@ -331,8 +331,14 @@ def run_training(parsed: Parsed) -> int:
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
     run: Run | None = None
     alike = False
+
+    def hung(sentence: str) -> None:
+        folder.status("failed", step=run.state.step if run else None, kind="hung", message=sentence)
+
+    watch = Watchdog(folder.path, runtime.world, runtime.progress, config.hang_limit_s, hung)
     try:
-        taken_over = runtime.on_main(folder.occupy)
+        taken_over = runtime.on_main(lambda: (folder.occupy(), watch.clear())[0])
+        watch.start()
         if taken_over:
             runtime.say(taken_over)
         early = next(filter(None, runtime.gather(noted.reason)), None)
@@ -343,6 +349,8 @@ def run_training(parsed: Parsed) -> int:
             return _exit_code("preempted")
         run, built = build_run(parsed, runtime, folder)
         outcome = fit(run)
+        runtime.progress.at("finish", run.state.step)
+        runtime.progress.patient = True
         if outcome == "done":
             runtime.on_main(lambda: _finish(parsed, folder, run, built, started))
         else:
@@ -355,8 +363,12 @@ def run_training(parsed: Parsed) -> int:
         runtime.barrier()
         runtime.close()
     except BaseException as error:
-        _record_failure(runtime.world, folder, run, error)
         alike = isinstance(error, DistKDError) and error.alike
+        told = first_failure.record(runtime.world, folder, watch, run.state.step if run else None, error)
+        if run is not None:
+            run.tracker.close("failed")
+        if told is not error:
+            raise told from None
         raise
     finally:
         folder.lock.release()
@@ -366,6 +378,7 @@ def run_training(parsed: Parsed) -> int:
             runtime.barrier()  # a launcher ends all others when the first is gone, and rank 0 has yet to say why
         if run is not None:
             run.stop.uninstall()
+        watch.stop()
     return _exit_code(outcome)
 
 
@@ -379,21 +392,3 @@ def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], 
     ):
         results.finish(parsed.config, folder, run, built, time.monotonic() - started)
 
-
-def _record_failure(world: World, folder: RunFolder, run: Run | None, error: BaseException) -> None:
-    """status.json says why, whatever the launcher makes of the exit code.
-
-    What only one rank met (a shard it cannot read) ends the others as a lost connection: it writes before it leaves.
-    """
-    ours = isinstance(error, DistKDError)
-    if world.is_main:
-        # a refused start must not overwrite the status of the run that stands in this folder, or goes on in it
-        mine = folder.lock.held and (folder.has_said or not (folder.path / "status.json").exists())
-        explained = folder.has_said and not ours and folder.read("status.json").get("state") == "failed"
-    else:
-        mine, explained = run is not None and ours and not error.alike, False
-    if mine and not explained:
-        kind, step = (error.kind if ours else "crash"), (run.state.step if run else None)
-        folder.status("failed", step=step, kind=kind, message=str(error) or type(error).__name__)
-    if run is not None:
-        run.tracker.close("failed")

@@ -148,6 +148,10 @@ def _is_remote(where: str | None) -> bool:
     return where is not None and importlib.import_module("dist_kd.data.remote_urls").is_remote(where)
 
 
+def _never_waits(c: Config) -> bool:
+    return c.workers == 0 and not any(map(_is_remote, (c.data, c.val_data, c.test_data)))
+
+
 NO_TEACHER = Idle("method", lambda c: not needs_teacher(c.method), _method_remedy)
 
 IDLE: dict[str, Idle] = {
@@ -167,7 +171,7 @@ IDLE: dict[str, Idle] = {
     "allow_reshard": Idle("resume", lambda c: c.allow_reshard and c.resume == "never", "with --resume never"),
     "loader_timeout": Idle(
         "workers",
-        lambda c: c.workers == 0 and not any(map(_is_remote, (c.data, c.val_data, c.test_data))),
+        lambda c: _never_waits(c),
         "with --workers 0 and data on this machine, where nothing is waited for",
     ),
 }
@@ -181,6 +185,12 @@ def _numbers(c: Config) -> tuple[int, int]:
 
 # (settings concerned, when they clash, why and what to do)
 IMPOSSIBLE: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
+    (
+        ("hang_timeout", "loader_timeout", "workers"),
+        lambda c: c.hang_limit_s <= c.loader_timeout and not _never_waits(c),
+        "`{hang_timeout}` s would end the run before --loader-timeout `{loader_timeout}` s says which sample a loader "
+        "process hangs at; give a longer --hang-timeout, or a shorter --loader-timeout",
+    ),
     *(
         (
             ("mixup", "cutmix", "method"),
