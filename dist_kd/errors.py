@@ -6,6 +6,7 @@ DistKDError
   CheckpointError   raised by checkpoint: nothing usable to resume from, or another run's files (exit 4)
   DivergedError     raised by loop: the loss is no longer finite (exit 5)
   SaveError         raised by checkpoint: the disk takes no checkpoint, or no other file of the run (exit 6)
+  OutOfMemoryError  raised by out_of_memory: of the device or the host (exit 9)
   HungError         said by watchdog: nothing moved for longer than it may (exit 7)
   LostError         raised by first_failure: another rank ended, which ends this one (exit 8)
 """
@@ -71,6 +72,13 @@ class LostError(DistKDError):
 
     exit_code = 8
     kind = "lost"
+
+
+class OutOfMemoryError(DistKDError):
+    """The device or the host has not enough memory for this batch or these networks."""
+
+    exit_code = 9
+    kind = "memory"
 
 
 def one_line(message: str) -> str:

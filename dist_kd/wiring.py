@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_kd import compression, first_failure, models, results
+from dist_kd import compression, first_failure, models, out_of_memory, results
 from dist_kd.checkpoint import write_atomically, writing
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
@@ -347,8 +347,9 @@ def run_training(parsed: Parsed) -> int:
             runtime.say(f"stopped before the first step ({early}); the same command starts it")
             runtime.close()
             return _exit_code("preempted")
-        run, built = build_run(parsed, runtime, folder)
-        outcome = fit(run)
+        with out_of_memory.told(config, runtime, lambda: run):
+            run, built = build_run(parsed, runtime, folder)
+            outcome = fit(run)
         runtime.progress.at("finish", run.state.step)
         runtime.progress.patient = True
         if outcome == "done":

@@ -27,7 +27,7 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F3a", {"run_lock", "runtime", "stragglers"}),
     ("F3b", {"run_folder", "sets", "updates"}),
     # the command line asks rooms for names only; it is below wiring, which writes the settings back through it
-    ("F4", {"loop", "cli", "report", "world_digest", "first_failure"}),
+    ("F4", {"loop", "cli", "report", "world_digest", "out_of_memory", "first_failure"}),
     ("F5", {"resume", "results", "sweep"}),
     ("F5b", {"wiring"}),
     ("F6", {"train", "commands"}),
