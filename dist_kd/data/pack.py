@@ -30,6 +30,7 @@ from dist_kd.errors import ConfigError, DataError
 SHARD_SAMPLES, SHARD_BYTES = 10_000, 256_000_000  # largest shard by default, whichever is reached first
 SMALL_SIDE = 64  # pixels; squares up to this are cropped by shifting, larger images by RandomResizedCrop
 STATE = "pack.json"  # beside the index: the options, and each finished shard's digest
+PART_STATE = "pack.part-{}-of-{}.json"  # the same of one part, until the whole is put together
 Progress = Callable[[str, int, int], None]  # shard just finished, samples done, samples in all
 
 
@@ -42,8 +43,8 @@ def pack_source(
     limit_per_class: int | None = None,
     augment: str | None = None,
     **options,
-) -> dict[str, Index]:
-    """Pack every split of a source into DEST/train, DEST/val (and DEST/test); the indexes by split.
+) -> dict[str, Index | None]:
+    """Pack every split of a source into DEST/train, DEST/val (and DEST/test); the indexes by split (None of a part).
 
     A source's own test split becomes val if it has no other. `val_fraction` holds out that part of each class of train
     (and the source's own held-out split is then test). `test_fraction` holds out test so before, where a source has
@@ -120,13 +121,15 @@ def pack_images(
     quality: int | None = None,
     jobs: int = 1,
     skip_bad: bool = False,
+    part: tuple[int, int] | None = None,
     progress: Progress | None = None,
-) -> Index:
+) -> Index | None:
     """Write the images, shuffled by `seed`, to DEST/NAME-SPLIT-000000.tar and so on, with their index; returns that.
 
     Shards are of even size, up to about `shard_bytes` (before resizing) and `shard_samples`. `resize` brings the
     shorter side down to that many pixels, `quality` encodes anew as JPEG. Without `augment` and `image_size` they
-    follow from the images. Finished shards of an interrupted run are kept if their bytes are still right.
+    follow from the images. Finished shards of an interrupted run are kept if their bytes are still right. `part` (i, n)
+    writes every n-th shard from the i-th on and no index: with all parts written, packing the whole only makes that.
     Raises ConfigError if DEST holds something else, DataError for an unreadable image (or leaves it out: `skip_bad`).
     """
     dest = Path(dest)
@@ -152,17 +155,25 @@ def pack_images(
         "images": _digest(f"{item.key}|{size}|{item.label}" for item, size in zip(items, sizes, strict=True)),
     }
 
+    first, step = (part[0] - 1, part[1]) if part else (0, 1)
+    mine = dict(list(shards.items())[first::step])
+    state = PART_STATE.format(*part) if part else STATE
     dest.mkdir(parents=True, exist_ok=True)
-    with _alone(dest):
-        done = _finished(dest, options, shards)
-        _write_state(dest, options, done)
-        count = sum(len(shards[file].samples) for file in done)
-        for file, facts in _written([shard for file, shard in shards.items() if file not in done], jobs):
+    with _alone(dest, part):
+        done = _finished(dest, options, shards, mine, part)
+        if part is None or len(done) < len(mine):
+            _write_state(dest / state, options, done)
+        count, total = (sum(len(mine[file].samples) for file in some) for some in (done, mine))
+        for file, facts in _written([shard for file, shard in mine.items() if file not in done], jobs):
             done[file] = facts
-            _write_state(dest, options, done)
+            _write_state(dest / state, options, done)
             count += len(shards[file].samples)
             if progress:
-                progress(f"{dest.name}/{file}", count, len(items))
+                progress(f"{dest.name}/{file}", count, total)
+        if part is not None:
+            return None
+        for merged in dest.glob(PART_STATE.format("*", "*")):
+            merged.unlink()
 
         filled = {file: done[file] for file in shards if done[file]["samples"]}
         sides = {facts["side"] for facts in filled.values()}
@@ -223,44 +234,56 @@ def _written(shards: list[Shard], jobs: int) -> Iterator[tuple[str, dict]]:
 
 
 @contextmanager
-def _alone(dest: Path) -> Iterator[None]:
-    """Holds DEST against a second packing at the same time; the lock goes with the process."""
-    handle = os.open(dest, os.O_RDONLY)
+def _alone(dest: Path, part: tuple[int, int] | None) -> Iterator[None]:
+    """Holds DEST against a second packing at the same time, or of the same part; the lock goes with the process."""
+    handles = [os.open(dest, os.O_RDONLY)]
+    kinds = [fcntl.LOCK_SH if part else fcntl.LOCK_EX]  # parts share the folder, the whole does not
+    if part:  # the whole removes this file with all else that is partial
+        handles.append(os.open(dest / f".{PART_STATE.format(*part)}.lock{PART}", os.O_RDWR | os.O_CREAT, 0o644))
+        kinds.append(fcntl.LOCK_EX)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for handle, kind in zip(handles, kinds, strict=True):
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is packing into `{dest}`; wait for it or give another folder") from None
         except OSError:
             pass  # a file system without locks
         yield
     finally:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
 
 
 # restarting
 
 
-def _finished(dest: Path, options: dict, shards: dict[str, Shard]) -> dict[str, dict]:
-    """Facts of the shards that stand and whose bytes are right. ConfigError if DEST holds something else."""
-    for part in dest.glob(f".*{PART}"):
-        part.unlink()
-    before, done = {}, {}
-    if (dest / STATE).exists():
+def _finished(
+    dest: Path, options: dict, shards: dict[str, Shard], mine: dict[str, Shard], part: tuple[int, int] | None
+) -> dict[str, dict]:
+    """Facts of those of `mine` that stand and whose bytes are right. ConfigError if DEST holds something else."""
+    for path in dest.glob(f".*{PART}"):
+        if part is None or path.name[1:].removesuffix(PART) in mine:
+            path.unlink()
+    tars = sorted(path.name for path in dest.glob("*.tar"))  # before the states: another part writes its state first
+    done = {}
+    states = [path for path in (dest / STATE, *sorted(dest.glob(PART_STATE.format("*", "*")))) if path.exists()]
+    for path in states:
         try:
-            state = json.loads((dest / STATE).read_text())
-            before, done = state["options"], state["shards"]
+            state = json.loads(path.read_text())
+            before, finished = state["options"], state["shards"]
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"`{dest / STATE}` is damaged ({error}); remove `{dest}` and pack again") from None
+            raise ConfigError(f"`{path}` is damaged ({error}); remove `{dest}` and pack again") from None
         changed = [name for name, value in options.items() if before.get(name) != value]
         if changed:
             raise ConfigError(
                 f"`{dest}` holds a packing with other {', '.join(changed)}; remove it, or give another folder"
             )
-    strange = sorted(path.name for path in dest.glob("*.tar") if not before or path.name not in shards)
+        done |= finished
+    strange = [name for name in tars if not states or name not in shards]
     if strange:
         raise ConfigError(f"`{dest}` holds `{strange[0]}`, which is of no packing like this; give an empty folder")
-    return {file: facts for file, facts in done.items() if _is_right(dest / file, facts)}
+    return {file: facts for file, facts in done.items() if file in mine and _is_right(dest / file, facts)}
 
 
 def _is_right(path: Path, facts: dict) -> bool:
@@ -280,10 +303,10 @@ def _has_index(dest: Path, digests: list[str], facts: tuple) -> bool:
     return same and digests == [shard.sha256 for shard in index.shards]
 
 
-def _write_state(dest: Path, options: dict, done: dict[str, dict]) -> None:
-    part = dest / f".{STATE}{PART}"
-    part.write_text(json.dumps({"options": options, "shards": done}, indent=1, sort_keys=True) + "\n")
-    os.replace(part, dest / STATE)
+def _write_state(path: Path, options: dict, done: dict[str, dict]) -> None:
+    partial = path.with_name(f".{path.name}{PART}")
+    partial.write_text(json.dumps({"options": options, "shards": done}, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)
 
 
 def _digest(lines: Iterable[str]) -> str:

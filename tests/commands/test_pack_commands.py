@@ -54,6 +54,12 @@ def test_pack_says_what_it_made(photos, capsys):
     assert "tar:" not in capsys.readouterr().out
 
 
+def test_pack_says_what_comes_after_a_part(photos, capsys):
+    out = packed(photos, "--shard-size", "6", "--part", "1/2")
+    said = capsys.readouterr().out
+    assert f"{out}: part 1 of 2 packed in" in said and "the same line without --part" in said
+
+
 def test_pack_holds_out_a_test_set_too(photos, capsys):
     out = packed(photos, "--test-fraction", "0.25", "--val-fraction", "0.2")
     said = capsys.readouterr().out
@@ -67,7 +73,9 @@ def test_pack_says_that_nothing_is_held_out(photos, capsys):
     assert "--val-fraction" in said and "6 samples" in said and "usual augmentation flip" in said
 
 
-@pytest.mark.parametrize("words", [["--jobs", "0"], ["--quality", "96"], ["--resize", "-4"], ["--limit", "3"]])
+@pytest.mark.parametrize(
+    "words", [["--jobs", "0"], ["--quality", "96"], ["--resize", "-4"], ["--limit", "3"], ["--part", "3/2"]]
+)
 def test_impossible_flags(photos, words, capsys):
     with pytest.raises(SystemExit) as stop:
         pack.main([str(photos), str(photos.parent / "out"), *words])
