@@ -1,0 +1,132 @@
+"""Memory runs out in a real process: one sentence with the remedy, which works; other ranks leave soon after."""
+
+import json
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from dist.launching import launch
+
+from dist_kd import out_of_memory
+from dist_kd.config import Config
+from dist_kd.contracts import World
+from dist_kd.errors import DistKDError, OutOfMemoryError
+from dist_kd.runtime import Runtime
+
+LIMIT = 240  # seconds for a start on a busy machine
+LEFT = 90  # seconds in which all other ranks are gone; 30 of them are the launcher's patience
+BATCH = 512
+TRAIN = [
+    "tests/faults/little_memory.py", "--data", "digits", "--arch", "cnn_small", "--no-kd", "--image-size", "64",
+    "--batch-size", str(BATCH), "--max-steps", "2", "--eval-steps", "100", "--mixed-precision", "no", "--cpu",
+]  # fmt: skip
+LITTLE = {"LITTLE_MEMORY": str(600 << 20), "LITTLE_MEMORY_RANK": "0"}  # a batch of 512 takes more than a GiB
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.timeout(2 * LIMIT)
+def test_a_host_without_memory_says_so_and_the_remedy_works(tmp_path):
+    run = tmp_path / "run"
+    words = [*TRAIN, "--save-path", str(run)]
+    said = launch("plain", *words, "--device-batch-size", str(BATCH), expected=9, limit=LIMIT, variables=LITTLE)
+    facts = status(run)
+    assert (facts["state"], facts["kind"]) == ("failed", "memory")
+    for part in (
+        "the host of rank 0 ran out of memory in step 1, when ",
+        f" GiB more were asked for; a micro-batch is `{BATCH} images of 64 x 64 pixels`: ",
+        f"give --device-batch-size {BATCH // 2}: the global batch of {BATCH} stays",
+    ):
+        assert part in facts["message"]
+    assert said.count("memory error: the host of rank 0") == 1 and "Traceback" not in said
+    assert not (run / "lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT)
+def test_a_smaller_micro_batch_fits(tmp_path):
+    """Half and half again: the same global batch in the same memory."""
+    words = [*TRAIN, "--save-path", str(tmp_path / "run"), "--device-batch-size", str(BATCH // 8)]
+    launch("plain", *words, expected=0, limit=LIMIT, variables=LITTLE)
+    assert status(tmp_path / "run")["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT)
+def test_the_other_ranks_leave(tmp_path):
+    """Bound: LEFT seconds from the status of the rank without memory to the end of the launcher."""
+    run, seen = tmp_path / "run", []
+
+    def watch(process: subprocess.Popen) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not seen and process.poll() is None and time.monotonic() < deadline:
+            if (run / "status.json").exists() and status(run)["state"] == "failed":
+                seen.append(time.monotonic())
+            time.sleep(0.05)
+
+    little = LITTLE | {"LITTLE_MEMORY_RANK": "1"}
+    words = [*TRAIN, "--save-path", str(run), "--device-batch-size", str(BATCH // 2)]
+    said = launch("torchrun", *words, expected=1, limit=LIMIT, variables=little, meanwhile=watch)
+    assert time.monotonic() - seen[0] < LEFT
+    assert status(run)["kind"] == "memory" and "the host of rank 1 ran out of memory" in status(run)["message"]
+    assert "rank 1: memory error: " in said
+
+
+def runtime(rank=0, ranks=1):
+    return Runtime(None, World(rank, ranks, rank, ranks), torch.device("cpu"), "no", "test")
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+            ["the GPU of rank 3", "when 2.00 GiB more were asked for", "give --device-batch-size 64:"],
+        ),
+        (
+            MemoryError(),
+            ["the host of rank 3 ran out of memory before the first step; ", "--no-in-memory"],
+        ),
+        (MemoryError("Unable to allocate 3.64 TiB for an array"), ["when 3.64 TiB more were asked for"]),
+    ],
+)
+def test_what_is_said(error, parts):
+    with pytest.raises(OutOfMemoryError) as caught, out_of_memory.told(Config(), runtime(3, 2), lambda: None):
+        raise error
+    assert caught.value.exit_code == 9 and not caught.value.alike
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_allocators_say_is_understood():
+    """torch's on a CPU and numpy's, for more than any machine has."""
+    for ask in (lambda: torch.empty(1 << 50, dtype=torch.uint8), lambda: np.empty(1 << 50, dtype=np.uint8)):
+        with (
+            pytest.raises(OutOfMemoryError, match=r"when (1048576.00 GiB|1.00 PiB) more were asked for"),
+            out_of_memory.told(Config(), runtime(), lambda: None),
+        ):
+            ask()
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (RuntimeError("Connection closed by peer"), ValueError("x"), DistKDError("y")):
+        with pytest.raises(type(error), match=str(error)), out_of_memory.told(Config(), runtime(), lambda: None):
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "expected"),
+    [
+        ({"batch_size": 256, "device_batch_size": 128}, 1, 64),
+        ({"batch_size": 10, "device_batch_size": 5}, 1, 2),  # 5 does not halve, 2 divides 10
+        ({"batch_size": 12, "device_batch_size": 6, "mixup": 0.2}, 1, 2),  # 3 is odd, and rows mix in pairs
+        ({"batch_size": 4, "device_batch_size": 1}, 4, None),
+    ],
+)
+def test_the_micro_batch_that_is_proposed_is_allowed(words, ranks, expected):
+    assert out_of_memory.smaller(Config(**words), ranks) == expected
