@@ -156,7 +156,7 @@ CHAINS = {
     "d": ("d_teacher256_as_published", "d_teacher_as_published", "d_alone_as_published", "d_kd_as_published"),
     "d_lite0": ("d_lite0_head", "d_lite0", "d_kd_lite0"),
 }
-SLOW = ("a", "c_resnext", "c_resnet152")  # a step takes 1 to 4 s of a core
+SLOW = ("a", "c_resnext", "c_resnet152", "c_imagenet")  # a step takes 1 to 4 s of a core
 # what is at hand in place of what a preset asks for
 LITE0 = "--teacher-arch efficientnet_lite0 --teacher-weights lite0 --image-size 64"  # knows ImageNet too
 SHOWN = {
@@ -194,7 +194,8 @@ def loss_of(run, batch) -> float:
 
 def learn(name: str, data: Path) -> tuple[float, float]:
     """The loss on the first batch before and after 20 steps of a preset, by the trainer's path; leaves the student."""
-    line = f"--config {name} --batch-size 16 --max-steps 20 --eval-steps 20 --cpu --mixed-precision no --workers 0 --data {data}".split()
+    line = f"--config {name} --data {data} --batch-size 16 --max-steps 20 --eval-steps 20".split()
+    line += ["--cpu", "--mixed-precision", "no", "--workers", "0"]
     line += next((more for key, more in AT_HAND.items() if name.startswith(key)), "").split()
     preset = parse(["--config", name, "--data", "shards"], {}).config
     for flag, rate in (("--lr", preset.peak_lr), ("--head-lr", preset.head_lr)):
