@@ -115,6 +115,7 @@ runpy.run_path("dist_kd/train.py", run_name="__main__")
 """
 
 
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "names",
     [["SIGTERM"], *(pytest.param(n, marks=pytest.mark.slow) for n in (["SIGINT"], ["SIGUSR1"], ["SIGTERM"] * 2))],
@@ -125,7 +126,7 @@ def test_a_signal_while_torch_is_being_imported(origin, tmp_path, names):
     run = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-c", IMPORTING.format(asked=names, name=names[0], words=words(run, origin))],
-        capture_output=True, text=True, timeout=110, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=150, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == PREEMPTED, done.stdout + done.stderr
     assert f"stopped before the first step (signal {names[0]})" in done.stdout

@@ -53,9 +53,8 @@ class Zygote:
         return answer["codes"]
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
+        self._process.kill()  # between two jobs it has nothing to lose, and an interpreter's end takes its time
+        self._process.communicate(timeout=30)
 
 
 def pair(jobs_of, port: int) -> list[dict]:
