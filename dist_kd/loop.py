@@ -80,11 +80,11 @@ def fit(run: Run) -> str:
     saved = (state.step, state.evaluated_at) if state.step else None
     try:
         while True:
-            improved = stopping = False
+            improved = cut_short = False
             if plan.eval_due(state.step) and state.evaluated_at != state.step:
                 progress.at("evaluation", state.step)
-                improved, stopping = _evaluate(run)
-            stopping = run.stop.agreed(account.mine.in_epoch, account.limit) or stopping
+                improved, cut_short = _evaluate(run)
+            stopping = run.stop.agreed(account.mine.in_epoch, account.limit) or cut_short
             finished = state.step == plan.total_steps
             wanted = improved or stopping or finished or due(state.step, plan.checkpoint_steps)
             if wanted and saved != (state.step, state.evaluated_at):
@@ -92,7 +92,7 @@ def fit(run: Run) -> str:
                 if _save(run, must=stopping or finished):
                     saved = (state.step, state.evaluated_at)
                 account.check(state.data, seen=run.stop.exceeded)
-            if finished:
+            if finished and not cut_short:
                 return "done"
             if stopping:
                 return "preempted"

@@ -19,7 +19,7 @@ from dist_kd.errors import DistKDError
 
 STARTS = "slurm_starts.jsonl"  # in the run's folder; a start that fails before the trainer can note it is in it too
 MOST_WITHOUT_PROGRESS = 3
-PERMANENT = ("config", "data", "checkpoint", "diverged")  # kinds of errors the same line meets again
+PERMANENT = ("config", "data", "checkpoint", "diverged", "memory")  # kinds of errors the same line meets again
 
 
 class NoProgress(DistKDError):

@@ -1,0 +1,89 @@
+"""torchrun and `accelerate launch`, on one and two machines of this host: the world that was asked for, equal weights."""
+
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dist.launching import launch, world_size
+from walks.training import final_state
+
+ROOT = Path(__file__).parent.parent.parent
+TRAINING = [
+    "dist_kd/train.py", "--arch", "cnn_small", "--no-kd", "--image-size", "8", "--batch-size", "16",
+    "--device-batch-size", "8", "--max-steps", "4", "--workers", "0", "--lr", "0.01", "--mixed-precision", "no", "--cpu",
+]  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--nnodes", "2"]
+ACCELERATE = [
+    "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate_multinode.yaml", "--num_processes", "2",
+    "--main_process_ip", "127.0.0.1", "--main_process_port",
+]  # fmt: skip
+# on each of two machines: {port} is the meeting place, {machine} 0 or 1
+MACHINES = {
+    "torchrun-c10d": [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-id", "7", "--rdzv-endpoint", "127.0.0.1:{port}"],
+    "torchrun-static": [
+        *TORCHRUN, "--node-rank", "{machine}", "--master-addr", "127.0.0.1", "--master-port", "{port}",
+    ],
+    "accelerate-static": [*ACCELERATE, "{port}", "--machine_rank", "{machine}"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(odd_digits, tmp_path_factory):
+    run = tmp_path_factory.mktemp("one")
+    launch("plain", *TRAINING, "--data", str(odd_digits), "--save-path", str(run))
+    assert world_size(run) == 1
+    return weights(run)
+
+
+def weights(run: Path) -> dict:
+    """Of the student, but for what depends on the micro-batch of rank 0 alone."""
+    model = final_state(run)["snapshot"].tensors["model"]
+    return {name: value for name, value in model.items() if "running" not in name and "num_batches" not in name}
+
+
+def assert_two_gave(run: Path, expected: dict) -> None:
+    assert world_size(run) == 2
+    ours = weights(run)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        assert (value - expected[name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("launcher", MACHINES)
+def test_two_machines_train_what_one_process_does(odd_digits, tmp_path, one_process, launcher):
+    """Both launchers have to end well, within 100 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*MACHINES[launcher], *TRAINING, "--data", str(odd_digits), "--save-path", str(tmp_path)]
+    first, second = ([word.format(port=port, machine=machine) for word in words] for machine in (0, 1))
+    other = []
+
+    def start_other(_: subprocess.Popen) -> None:
+        other.append(subprocess.Popen([sys.executable, *second], cwd=ROOT, stdout=subprocess.DEVNULL, env=None))
+
+    try:
+        launch("plain", *first, meanwhile=start_other)
+        assert other[0].wait(30) == 0
+    finally:
+        other[0].kill()
+        other[0].wait(10)
+    assert_two_gave(tmp_path, one_process)
+
+
+@pytest.mark.parametrize(
+    ("file", "here"),
+    [("accelerate_cpu.yaml", []), ("accelerate_8gpu.yaml", ["--num_processes", "2", "--mixed_precision", "no"])],
+)
+def test_the_files_of_accelerate(odd_digits, tmp_path, one_process, file, here):
+    """By the command in each file's header; `here` is what two cores want otherwise."""
+    text = (ROOT / "launch" / file).read_text()
+    header = next(line for line in text.splitlines() if "accelerate launch" in line)
+    command = shlex.split(header.removeprefix("#").partition("dist_kd/train.py")[0])
+    assert command[:2] == ["accelerate", "launch"]
+    words = ["-m", "accelerate.commands.launch", *command[2:], *here, *TRAINING]
+    launch("plain", *words, "--data", str(odd_digits), "--save-path", str(tmp_path))
+    assert_two_gave(tmp_path, one_process)
