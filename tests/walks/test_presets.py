@@ -199,7 +199,7 @@ def learn(name: str, data: Path) -> tuple[float, float]:
     line += next((more for key, more in AT_HAND.items() if name.startswith(key)), "").split()
     preset = parse(["--config", name, "--data", "shards"], {}).config
     for flag, rate in (("--lr", preset.peak_lr), ("--head-lr", preset.head_lr)):
-        if rate:  # a rate is chosen for a batch: as it is, five of these diverge with 16 rows
+        if rate:  # a rate is chosen for a batch: as it is, several of these diverge with 16 rows
             line += [flag, str(rate * 16 / preset.batch_size)]
     if preset.warmup_epochs:
         line += ["--warmup-epochs", "0.25"]  # an epoch of these images is about as long as the run
