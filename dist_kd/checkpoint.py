@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_kd.errors import CheckpointError, SaveError
+from dist_kd.models.weights import load_plain
 from dist_kd.train_state import ThirdSet as ThirdSet
 from dist_kd.train_state import TrainState, check, state_of
 
@@ -353,7 +354,7 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
         files = json.loads((checkpoint / "manifest.json").read_text())["files"]
         paths = [checkpoint / name for name in sorted(files) if name.endswith(".safetensors")]
         tensors = {path.stem: load_file(path, device=str(device)) for path in paths}
-        optimizer = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer = load_plain(checkpoint / "optimizer.pt", device)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         if isinstance(error, pickle.UnpicklingError):  # torch would tell how to run it all the same

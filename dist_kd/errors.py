@@ -12,14 +12,25 @@ DistKDError
 """
 
 LONGEST_MESSAGE = 1500  # characters; a path may have 4096
+MOST_LINES = 40  # problems told of at once
 
 
 class DistKDError(Exception):
-    """Base of all errors shown to the user without a traceback."""
+    """Base of all errors shown to the user without a traceback: a sentence, or one for each problem found.
+
+    Each is `one_line`: it may name what somebody else chose, a file or a tensor, and ends up on a terminal.
+    """
 
     exit_code = 1
     kind = "error"
     alike = False  # True where every rank raises the same: then one of them says it
+
+    def __init__(self, *sentences: str):
+        more = [f"and {len(sentences) - MOST_LINES} more problems"] if len(sentences) > MOST_LINES else []
+        super().__init__(*map(one_line, sentences[:MOST_LINES]), *more)  # its args: so it can be pickled
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigError(DistKDError):
@@ -30,13 +41,10 @@ class ConfigError(DistKDError):
 
 
 class DataError(DistKDError):
-    """Shards, an index or an image that are not what they should be. Its message is `one_line`: they name things."""
+    """Shards, an index or an image that are not what they should be."""
 
     exit_code = 3
     kind = "data"
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
 
 
 class CheckpointError(DistKDError):

@@ -58,7 +58,7 @@ def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data:
     if require_data and not found.print_config and config.data is None and "data" not in merged.bad:
         problems.append(explain_missing_data())
     if problems:
-        raise UsageError("\n".join(problems))
+        raise UsageError(*problems)
     parsed = Parsed(config, merged.origins())
     if found.print_config:
         _print_and_leave(config_yaml(parsed))

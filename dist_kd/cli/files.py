@@ -7,10 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from dist_kd.cli.names import FIELDS, LONG, SEVERAL, SWITCHES, Given, nearest, shown
+from dist_kd.cli.names import FIELDS, LONG, SECRET, SEVERAL, SWITCHES, Given, nearest, shown
 from dist_kd.config import Config
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # beside the package, as in a checkout
+
+MAX_BYTES = 64 << 10  # a saved configuration with its comments has 5 KB; PyYAML takes seconds for a megabyte
 
 # YAML 1.1 reads `no` as false, `1e-3` as a text, `010` as 8 and `1:30` as 90. Only these words are special here;
 # all else stays text and is converted by the type of its setting, so that a file and a flag mean the same.
@@ -52,8 +54,12 @@ def read(path: Path) -> tuple[list[Given], list[str]]:
     """The settings in a YAML file, unconverted, and one problem for each line that cannot be understood."""
     origin = f"file {path}"
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            return [], [f"{path}: has {size} bytes, but settings take at most {MAX_BYTES} ({origin})"]
         # compose builds nodes only: no object of any tag is ever made, and doubled keys can still be seen
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except RecursionError:
+        return [], [f"{path}: is nested too deeply; settings are flat ({origin})"]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -122,6 +128,8 @@ def _given(name: str, node: yaml.ScalarNode, origin: str) -> Given | str:
         if method:
             return Given("method", method, name, origin)
         return f"{name}: must be true{' or false' if off else ''}, got {shown(value)} ({origin})"
+    if SECRET.search(key):  # the value is not repeated: this text ends up in logs
+        return f"{name}: secrets are not taken from files of settings, which are saved with the run ({origin})"
     near = nearest(key, [*FIELDS, *LONG, *SWITCHES])
     hint = f"did you mean {near}?" if near else "see --help"
     return f"{name}: no such setting, got {shown(value)} ({origin}); {hint}"

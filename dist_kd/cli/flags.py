@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dist_kd.cli.names import FIELDS, LONG, SEVERAL, SHORT, SWITCHES, Given, flag, is_switch, nearest, shown
+from dist_kd.cli.exits import UsageError
+from dist_kd.cli.names import FIELDS, LONG, SECRET, SEVERAL, SHORT, SWITCHES, Given, flag, is_switch, nearest, shown
+from dist_kd.errors import one_line
 
-SECRET = re.compile(r"key|token|secret|password|credential", re.IGNORECASE)
+NO_SECRETS = "secrets are not taken on the command line, where every user of the machine can read them"
 OWN = ("config", "print_config", "help", "help_methods")  # flags of the command line itself; no settings
 
 
@@ -34,6 +36,14 @@ def scan(argv: list[str]) -> Scan:
         name, equals, value = word.partition("=")
         _one_flag(found, name, value if equals else None, rest)
     return found
+
+
+def refuse_secrets(argv: list[str]) -> None:
+    """UsageError for a flag of any command that is named like a secret; argparse would repeat its value."""
+    for word in argv:
+        name = word.partition("=")[0]
+        if name.startswith("-") and SECRET.search(name):
+            raise UsageError(f"{one_line(name)[:80]}: {NO_SECRETS}")
 
 
 def _is_flag(word: str) -> bool:
@@ -103,7 +113,7 @@ def _unknown(name: str, key: str | None, bare: str | None, value: str | None, re
     if value is None and rest and not _is_flag(rest[0]):
         value = rest.pop(0)
     if SECRET.search(name):  # the value is not repeated: this text ends up in logs
-        return f"{name}: secrets are not taken on the command line, where every user of the machine can read them"
+        return f"{name}: {NO_SECRETS}"
     got = f", got {shown(value)}" if value is not None else ""
     if bare in LONG or bare in SWITCHES:
         remedy = f"leave out {flag(bare)}" if bare in SWITCHES else f"{flag(LONG[bare])} is no yes-or-no setting"

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, get_args
 
 from dist_kd.config import Config
+from dist_kd.data import remote_urls
 
 FIELDS = Config.model_fields
 
 # switches that stand for a method: name -> method when given, method when given as --no-NAME (None: no such form)
 SWITCHES: dict[str, tuple[str, str | None]] = {"kd": ("kd", "ce"), "overhaul": ("overhaul", None)}
 
+SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)  # in what somebody takes for a setting
 SEVERAL = ("teacher_arch", "teacher_weights")  # settings that take more than one word; joined by commas in Config
 
 
@@ -81,6 +83,6 @@ def shown(value: object) -> str:
     """A value for a message: in backticks, one line, ASCII, at most 80 characters."""
     if isinstance(value, bool) or value is None:
         return f"`{'null' if value is None else str(value).lower()}`"
-    text = re.sub(r"//[^/@\s]*@", "//...@", str(value))  # a URL's user and password
-    text = text.encode("unicode_escape").decode()
+    text = str(value)
+    text = (remote_urls.shown(text) if "//" in text else text).encode("unicode_escape").decode()
     return f"`{text if len(text) <= 80 else text[:77] + '...'}`"

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dist_kd.cli.names import Given, choices, is_optional, is_switch, kinds, nearest, shown, takes_none
 from dist_kd.config import Config
+from dist_kd.data import remote_urls
 from dist_kd.errors import ConfigError
 from dist_kd.methods import METHODS, fields_of, needs_teacher, owners, split
 
@@ -32,6 +33,10 @@ def kind_in_words(field: str) -> str:
 def convert(item: Given) -> tuple[Any, str | None]:
     """The value of `item` as Config holds it and None, or None and the sentence that says what is wrong."""
     field, value = item.field, item.value
+    try:  # before any message repeats the value
+        remote_urls.check_no_credentials(str(value))
+    except ConfigError as error:
+        return None, f"{item.key}: {error} ({item.origin})"
     rule = f"must be {kind_in_words(field)}"
     if value is None or (takes_none(field) and value == "none"):
         if is_optional(field):
@@ -87,7 +92,7 @@ def _method(text: str, origin: str) -> str:
 def _data(where: str, origin: str) -> str:
     # the message leaves out what it refuses: a credential, or a command
     try:
-        importlib.import_module("dist_kd.data.remote_urls").check_url(where)
+        remote_urls.check_url(where)
     except ConfigError as error:
         raise ConfigError(f"{error} ({origin})") from None
     return where
@@ -145,7 +150,7 @@ def _unless(*schedules: str) -> Idle:
 
 
 def _is_remote(where: str | None) -> bool:
-    return where is not None and importlib.import_module("dist_kd.data.remote_urls").is_remote(where)
+    return where is not None and remote_urls.is_remote(where)
 
 
 def _never_waits(c: Config) -> bool:

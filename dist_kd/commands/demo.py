@@ -69,8 +69,8 @@ def _start(words: list[str], log: Path) -> subprocess.Popen:
 
 def _finish(process: subprocess.Popen, log: Path, expected: int = 0) -> None:
     if process.wait(timeout=600) != expected:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
-        raise DemoError(f"a step ended with exit code {process.returncode}; its last lines ({log}):\n{tail}")
+        tail = log.read_text().splitlines()[-15:]
+        raise DemoError(f"a step ended with exit code {process.returncode}; its last lines ({log}):", *tail)
 
 
 class Demo:

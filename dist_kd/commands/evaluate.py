@@ -11,6 +11,8 @@ from dist_kd.config import Config
 from dist_kd.data.remote_urls import check_url
 from dist_kd.errors import ConfigError
 
+OF_EVALUATION = ("device_batch_size", "mixed_precision", "channels_last")  # settings that a student's folder keeps
+
 
 class Subject(NamedTuple):
     """What is scored, and the settings of its own evaluation."""
@@ -119,12 +121,14 @@ def _of_run(folder: Path, which: str) -> Subject:
     """The student of a run with the run's own settings: the exported one, or the best checkpoint's."""
     from dist_kd import checkpoint, models
     from dist_kd.cli import parse
+    from dist_kd.report.folder import at
+    from dist_kd.run_folder import RunFolder
 
     config = parse(["--config", str(folder / "config.yaml")], {}).config
-    settings = json.loads((folder / "student" / "config.json").read_text())["dist_kd"] if _exported(folder) else {}
-    evaluation = settings.get("evaluation", {})
+    exported = (folder / "student" / "config.json").is_file()
+    evaluation = _evaluation(folder) if exported else {}
     config = config.model_copy(update={"mixed_precision": evaluation.get("mixed_precision", config.mixed_precision)})
-    if which == "last" and _exported(folder):
+    if which == "last" and exported:
         return Subject(models.load(folder), config)
     found = checkpoint.best_of(folder / "checkpoints") if which == "best" else None
     if which == "last":
@@ -133,29 +137,35 @@ def _of_run(folder: Path, which: str) -> Subject:
         raise ConfigError(f"`{folder}` has no {which} checkpoint and no student yet; train it first")
     snapshot = checkpoint.load(found, "cpu")
     tensors = snapshot.tensors.get("ema", snapshot.tensors["model"])
-    classes = json.loads((folder / "run.json").read_text())["data"]["train"]["classes"]
+    classes = at(RunFolder(folder).read("run.json"), "data", "train", "classes")
+    if type(classes) is not int or classes < 1:
+        raise ConfigError(f"`{folder / 'run.json'}` does not say how many classes the run was trained on; restore it")
     network = models.build(config.arch, classes, "none", image_size=config.image_size)
     network.load_state_dict(tensors)
     precision = snapshot.facts["settings"]["mixed_precision"]
     return Subject(network, config.model_copy(update={"mixed_precision": precision}))
 
 
-def _exported(folder: Path) -> bool:
-    return (folder / "student" / "config.json").is_file()
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """The settings of the evaluation that a student's (or its run's) folder tells of. ConfigError if they cannot be."""
+    from dist_kd.models import student_folder
+
+    where = student_folder.find(folder, "the student folder")
+    said = student_folder.read_config(where, "the student folder").extra.get("evaluation", {})
+    try:
+        known = {name: said[name] for name in OF_EVALUATION if name in said}
+        Config(**known)
+    except (TypeError, ValueError) as error:
+        why = str(error).replace("\n", " ")
+        raise ConfigError(f"`{where / 'config.json'}` tells of an evaluation that cannot be ({why})") from None
+    return known
 
 
 def _of_folder_or_name(args: argparse.Namespace) -> Subject:
     from dist_kd import models
 
     if Path(args.what).is_dir():
-        settings = {}
-        if (Path(args.what) / "config.json").is_file():
-            settings = (
-                json.loads((Path(args.what) / "config.json").read_text()).get("dist_kd", {}).get("evaluation", {})
-            )
-        network = models.load(args.what)
+        known, network = _evaluation(Path(args.what)), models.load(args.what)
     else:
-        settings = {}
-        network = models.build(args.what, None, args.weights, role="model")
-    known = {k: settings[k] for k in ("device_batch_size", "mixed_precision", "channels_last") if k in settings}
+        known, network = {}, models.build(args.what, None, args.weights, role="model")
     return Subject(network, Config(**({"device_batch_size": 64, "mixed_precision": "no"} | known)))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dist_kd import __version__
 from dist_kd.cli import ended, nearest, shown
+from dist_kd.cli.flags import refuse_secrets
 from dist_kd.errors import ConfigError
 
 
@@ -57,6 +58,7 @@ def _run(argv: list[str]) -> int:
         near = nearest(name, COMMANDS)
         hint = f"did you mean {near}?" if near else f"commands: {', '.join(COMMANDS)}"
         raise ConfigError(f"there is no command {shown(name)}; {hint}")
+    refuse_secrets(rest)
     return importlib.import_module(COMMANDS[name].module).main(rest)
 
 

@@ -80,6 +80,12 @@ def shown(url: str) -> str:
     return re.sub(r"[?#].*", "", re.sub(r"//[^/?#]*@", "//", url), flags=re.DOTALL)
 
 
+def check_no_credentials(text: str) -> None:
+    """Nothing, if no URL in `text` carries a credential. The ConfigError leaves it out: all settings are saved."""
+    for url in re.findall(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s,]*", text):
+        _check_one_for_credentials(url)
+
+
 def check_url(where: str) -> None:
     """Nothing, if every URL of a comma-separated list may be opened. Paths and file: URLs are passed over.
 
@@ -107,13 +113,18 @@ def _check_one(url: str) -> None:
         raise ConfigError(
             f"data has the scheme `{scheme}:`, which is not one of {known}; copy the shards to one of these"
         )
+    _check_one_for_credentials(url)
+    if not urlsplit(url).netloc or "//" not in url[: len(scheme) + 3]:
+        raise ConfigError(f"`{shown(url)}` names no host or bucket; a URL is like `{scheme}://NAME/PATH/a-0000.tar`")
+
+
+def _check_one_for_credentials(url: str) -> None:
+    scheme = url.partition(":")[0].lower()
     try:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:  # the text of a bad port may be the half of a password
-        raise ConfigError(f"a `{scheme}:` URL of the data has a host or port that cannot be read; {REMEDY}") from None
-    if not parts.netloc or "//" not in url[: len(scheme) + 3]:
-        raise ConfigError(f"`{shown(url)}` names no host or bucket; a URL is like `{scheme}://NAME/PATH/a-0000.tar`")
+        raise ConfigError(f"a `{scheme}:` URL has a host or port that cannot be read; {REMEDY}") from None
     if "@" in parts.netloc and (scheme not in CONTAINER_AT_ACCOUNT or ":" in parts.netloc.split("@")[0]):
         raise ConfigError(f"the URL of `{parts.hostname}` carries a user name or a password; {REMEDY}")
     for name, _ in parse_qsl(f"{parts.query}&{parts.fragment}".replace(";", "&"), keep_blank_values=True):

@@ -6,6 +6,7 @@ Written whole or not at all. The weights bear the foreign network's own names, w
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1
+MAX_BYTES = 16 << 20  # of a config.json: the names of 100,000 classes have a few MB
 
 
 class StudentConfig(NamedTuple):
@@ -138,17 +140,27 @@ def find(path: Path, flag: str) -> Path | None:
 def read_config(folder: Path, flag: str) -> StudentConfig:
     """What `save_student` wrote about the network, checked."""
     try:
+        if (size := (folder / CONFIG).stat().st_size) > MAX_BYTES:
+            raise ValueError(f"it has {size} bytes, but at most {MAX_BYTES} are read")
         raw = json.loads((folder / CONFIG).read_text("utf-8"))
         ours, shown, classes = raw["dist_kd"], raw["pretrained_cfg"], raw["label_names"]
         mean, std = ((float(a), float(b), float(c)) for a, b, c in (shown["mean"], shown["std"]))
         view = View(mean, std, int(shown["input_size"][1]), float(shown["crop_pct"]), str(shown["interpolation"]))
-        if not (0 < view.crop_pct <= 1 and 0 < view.image_size <= 8192 and min(std) > 0):
-            raise ValueError(f"crop_pct {view.crop_pct}, image size {view.image_size} or std {std} is out of range")
-        if len(classes) != int(raw["num_classes"]):
+        in_range = 0 < view.crop_pct <= 1 and 0 < view.image_size <= 8192 and min(std) > 0
+        if not (in_range and all(map(math.isfinite, (*mean, *std)))):
+            raise ValueError(
+                f"crop_pct {view.crop_pct}, image size {view.image_size}, mean {mean} or std {std} is out of range"
+            )
+        if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise TypeError("label_names is no list of texts")
+        if view.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation is {view.interpolation:.40}, neither bilinear nor bicubic")
+        if not classes or len(classes) != int(raw["num_classes"]):
             raise ValueError(f"{len(classes)} label names for {raw['num_classes']} classes")
         arch = resolve(str(ours["arch"]), f"{folder / CONFIG}")
-        return StudentConfig(arch, int(raw["num_classes"]), view, tuple(map(str, classes)), dict(ours))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        return StudentConfig(arch, int(raw["num_classes"]), view, tuple(classes), dict(ours))
+    # RecursionError: nested too deeply; OverflowError: a number that is infinite
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"`{folder / CONFIG}` ({flag}) does not describe a student of dist_kd ({type(error).__name__}: {error})"
         ) from None

@@ -13,9 +13,10 @@ import re
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def choose(weights: str, offers: list[Published], arch: str, flag: str) -> Publi
     if weights in by_label:
         return by_label[weights]
     path = Path(weights).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # unlike pathlib's, no error for what cannot be a path
         return path
     if weights != "DEFAULT" and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or os.sep in weights):
         raise ConfigError(f"weights `{weights}` ({flag}) do not exist: no such file or folder")
@@ -132,17 +133,41 @@ def fetch(offer: Published, arch: str, flag: str) -> Path:
     return target
 
 
-def read(path: Path, flag: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file by name, without wrappers around the file or its keys."""
+def load_plain(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What a .pt or .pth file holds: tensors, plain values and lists and dicts of them.
+
+    ValueError, RuntimeError, UnpicklingError and others for anything else: code is never run, and a file never takes
+    more memory than its own size, since a packed one, which torch would read but never writes, is refused.
+    """
     if os.environ.get(UNSAFE, "0").lower() not in ("", "0", "n", "no", "false"):
         raise ConfigError(f"the variable {UNSAFE} is set: it lets a weight file run code; unset it")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("it is compressed")
+            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+                raise ValueError("its parts overlap")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with numbers in memory, as a network has."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+
+
+def read(path: Path, flag: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file by name, without wrappers around the file or its keys."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no regular file")
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_plain(path)
+    except ConfigError:
+        raise
     except Exception as error:  # damaged files raise almost anything: KeyError, UnpicklingError, RuntimeError, ...
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise ConfigError(
@@ -153,7 +178,7 @@ def read(path: Path, flag: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_plain, state.values())):
         raise ConfigError(
             f"weights `{path}` ({flag}) are not a state dict (names to tensors), bare or under `state_dict`"
         )

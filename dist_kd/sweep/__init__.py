@@ -81,7 +81,7 @@ def _check_folders(runs: Sequence[Run]) -> None:
                 "take another --save-path, or the old settings"
             )
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
 
 
 def _differences(there: Config, asked: Config) -> list[str]:

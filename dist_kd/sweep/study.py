@@ -103,11 +103,11 @@ def read_study(argv: list[str]) -> Study:
     name, texts, wrong = _read_over(asked.over or [], base)
     problems += wrong
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     from_seed = [f"--seed={asked.seed}"] if asked.seed else []
     found = {text: _parsed([*base, *_spelled(name, text), *from_seed], problems) for text in texts}
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError(*dict.fromkeys(problems))
 
     first = found[texts[0]].config
     setting = LONG.get(name) or f"{owners(first.method, name)[0]}.{name.rpartition('.')[2]}"
@@ -151,7 +151,7 @@ def read_study(argv: list[str]) -> Study:
         arms.append(arm(labels[text], values[text], places[text], [*base, *_spelled(name, text)], config, twin))
     _parsed([*arms[0].runs[-1].words], problems)  # all is known to be in range but the last seed
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return Study(setting, folder, tuple(arms), tuple(twins.values()), files, asked.jobs)
 
 
