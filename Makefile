@@ -2,16 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-slurm lint clean
 
 demo: .venv/.installed
 	$(BIN)/dist-kd demo
 
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not slurm" -n 2
 
 test-long: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow"
+
+test-slurm: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm" --durations=10
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

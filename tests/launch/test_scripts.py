@@ -112,7 +112,5 @@ def test_the_folder_is_the_trainers(tmp_path):
 
     assert done.stdout == f"runs/{parse(flags, {}).config.default_name}\n"
     assert (tmp_path / done.stdout.strip()).is_dir()
-    wrong = subprocess.run(
-        [*command, "--T", "-1"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
+    wrong = ask("--T", "-1")
     assert wrong.returncode == 2 and "config error" in wrong.stderr and not wrong.stdout

@@ -154,11 +154,11 @@ def test_the_time_is_over_and_then_it_is_cancelled(cluster, digits, tmp_path):
 
 def test_an_error_that_another_start_would_meet_again(cluster, digits, tmp_path):
     for name, flags, code, words in [
-        ("flag", ["--T", "-1"], "2:0", "config error"),
+        ("flag", ["--data", str(digits), "--T", "-1"], "2:0", "config error"),
         ("data", ["--data", str(tmp_path / "nowhere")], "1:0", "slurm: failed, and would again"),
     ]:
         (tmp_path / name).mkdir()
-        job = Job(cluster, tmp_path / name, *SHORT, "--data", str(digits), *flags, script="slurm_1node")
+        job = Job(cluster, tmp_path / name, *SHORT, *flags, script="slurm_1node")
         assert job.until_ended() == "FAILED"
         facts = cluster.job(job.number)
         assert (facts["NumNodes"], facts["Restarts"], facts["ExitCode"]) == ("1", "0", code), job.hint()

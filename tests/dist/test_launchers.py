@@ -1,4 +1,4 @@
-"""torchrun and `accelerate launch`, on one and two machines of this host: the world that was asked for, equal weights."""
+"""torchrun and `accelerate launch`, as if on two machines: the world that was asked for, one process's weights."""
 
 import shlex
 import socket
@@ -13,7 +13,8 @@ from walks.training import final_state
 ROOT = Path(__file__).parent.parent.parent
 TRAINING = [
     "dist_kd/train.py", "--arch", "cnn_small", "--no-kd", "--image-size", "8", "--batch-size", "16",
-    "--device-batch-size", "8", "--max-steps", "4", "--workers", "0", "--lr", "0.01", "--mixed-precision", "no", "--cpu",
+    "--device-batch-size", "8", "--max-steps", "4", "--workers", "0", "--lr", "0.01",
+    "--mixed-precision", "no", "--cpu",
 ]  # fmt: skip
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--nnodes", "2"]
 ACCELERATE = [
@@ -63,7 +64,7 @@ def test_two_machines_train_what_one_process_does(odd_digits, tmp_path, one_proc
     other = []
 
     def start_other(_: subprocess.Popen) -> None:
-        other.append(subprocess.Popen([sys.executable, *second], cwd=ROOT, stdout=subprocess.DEVNULL, env=None))
+        other.append(subprocess.Popen([sys.executable, *second], cwd=ROOT, stdout=subprocess.DEVNULL))
 
     try:
         launch("plain", *first, meanwhile=start_other)
