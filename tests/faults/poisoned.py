@@ -4,7 +4,6 @@ Where "drop" is true the updates of these steps are left out by hand instead, an
 update must come to. Its state on each rank at the end is written to POISON's "dump", if there is one.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -35,7 +34,7 @@ class Poisoned:
                 if number // self._accumulated in POISON["steps"] and POISON["rank"] == RANK:
                     images = batch.images.clone()
                     images[0, 0, 0, 0] = math.nan
-                    batch = dataclasses.replace(batch, images=images)
+                    batch = batch._replace(images=images)
                 yield batch
         finally:
             inner.close()
