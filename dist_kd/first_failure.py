@@ -96,6 +96,6 @@ def _sentence(culprit: dict[str, Any] | None, survivors: list[int]) -> str:
     if culprit["state"] == "hung":
         return f"{who} ended at {where}, as nothing moved any more"
     return (
-        f"a rank was lost: {who} ended without a word at {where}: killed, most often because memory ran out, or its "
-        f"node is gone; {end}"
+        f"a rank was lost: {who} ended without a word, last seen at {where}: killed, most often because memory "
+        f"ran out, or its node is gone; {end}"
     )

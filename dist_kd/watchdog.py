@@ -193,7 +193,8 @@ class Watchdog:
             time.sleep(2.0)  # the first of those who can speak does; a launcher ends us all when one is gone
             return
         _print(f"{HungError.kind} error: {sentence}\n")
-        self._tell(sentence)
+        if not any(beat and beat["state"] == "failed" for beat in last):  # that one has told
+            self._tell(sentence)
 
     def _dump(self) -> None:
         """The stacks of all threads: to stderr and to this rank's file."""
@@ -228,16 +229,18 @@ def verdict(heartbeats: list[dict[str, Any] | None], silent: list[int], *, limit
     unseen = [rank for rank, beat in enumerate(heartbeats) if beat is None]
     known = [beat for beat in heartbeats if beat]
     least = min(beat["said"] for beat in known)
-    guilty = [heartbeats[rank] for rank in silent]
+    guilty = [b for b in known if b["state"] == "failed"] or [heartbeats[rank] for rank in silent]
     guilty = guilty or [b for b in known if b["said"] == least < max(b["said"] for b in known)]
     others = [beat for beat in known if beat not in guilty]
     words = [f"nothing moved for {limit_s:g} s (--hang-timeout)"]
     for beat in guilty[:4]:
         who = f"rank {beat['rank']} ({beat['host']}, process {beat['pid']})"
         where = place(beat["section"], beat["step"])
-        if beat["rank"] in silent:
+        if beat["state"] == "failed":
+            words.append(f"{who} failed at {where}, and did not end: {beat['message']}")
+        elif beat["rank"] in silent:
             words.append(
-                f"{who} gives no sign of life: stopped, lost, or in code that never lets go; it was at {where}"
+                f"{who} gives no sign of life: stopped, lost, or in code that never lets go; last seen at {where}"
             )
         else:
             words.append(f"{who} is behind, at {where}")

@@ -12,7 +12,7 @@ import torch
 
 from dist_kd import compression, first_failure, models, out_of_memory, results
 from dist_kd.checkpoint import write_atomically, writing
-from dist_kd.cli import Parsed, config_yaml
+from dist_kd.cli import Parsed, config_yaml, leave
 from dist_kd.config import Config
 from dist_kd.data.index import Index
 from dist_kd.data.loader import TrainLoader
@@ -330,7 +330,7 @@ def run_training(parsed: Parsed) -> int:
     runtime = start_runtime(config)
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
     run: Run | None = None
-    alike = False
+    alike, told = False, None
 
     def hung(sentence: str) -> None:
         folder.status("failed", step=run.state.step if run else None, kind="hung", message=sentence)
@@ -380,6 +380,8 @@ def run_training(parsed: Parsed) -> int:
         if run is not None:
             run.stop.uninstall()
         watch.stop()
+        if told is not None and not alike and runtime.world.world_size > 1:
+            leave(told)
     return _exit_code(outcome)
 
 
@@ -392,4 +394,3 @@ def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], 
         folder.path, "what a finished run leaves (its last checkpoint stands: the same command goes on there)"
     ):
         results.finish(parsed.config, folder, run, built, time.monotonic() - started)
-

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dist_kd.cli import files, help_page, method_args
-from dist_kd.cli.exits import UsageError, ended, is_speaker
+from dist_kd.cli.exits import UsageError, ended, is_speaker, leave
 from dist_kd.cli.flags import scan
 from dist_kd.cli.names import FIELDS, Given, nearest, shown
 from dist_kd.cli.rules import clashes, convert
 from dist_kd.config import Config
 from dist_kd.methods import METHODS
 
-__all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "nearest", "parse", "shown"]
+__all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "leave", "nearest", "parse", "shown"]
 
 DATA_VARIABLE = "DIST_KD_DATA"
 
