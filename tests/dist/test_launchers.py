@@ -53,7 +53,10 @@ def assert_two_gave(run: Path, expected: dict) -> None:
         assert (value - expected[name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize("launcher", MACHINES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MACHINES if name.startswith("torchrun")]
+
+
+@pytest.mark.parametrize("launcher", ["accelerate-static", *SLOW])
 def test_two_machines_train_what_one_process_does(odd_digits, tmp_path, one_process, launcher):
     """Both launchers have to end well, within 100 s."""
     with socket.socket() as free:
@@ -77,7 +80,12 @@ def test_two_machines_train_what_one_process_does(odd_digits, tmp_path, one_proc
 
 @pytest.mark.parametrize(
     ("file", "here"),
-    [("accelerate_cpu.yaml", []), ("accelerate_8gpu.yaml", ["--num_processes", "2", "--mixed_precision", "no"])],
+    [
+        ("accelerate_cpu.yaml", []),
+        pytest.param(
+            "accelerate_8gpu.yaml", ["--num_processes", "2", "--mixed_precision", "no"], marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_the_files_of_accelerate(odd_digits, tmp_path, one_process, file, here):
     """By the command in each file's header; `here` is what two cores want otherwise."""
