@@ -68,8 +68,10 @@ def test_the_other_ranks_leave(tmp_path):
                 seen.append(time.monotonic())
             time.sleep(0.05)
 
-    little = LITTLE | {"LITTLE_MEMORY_RANK": "1"}
-    words = [*TRAIN, "--save-path", str(run), "--device-batch-size", str(BATCH // 2)]
+    # several processes need more of it before the first step: threads, connections, buckets of gradients
+    little = {"LITTLE_MEMORY": str(1200 << 20), "LITTLE_MEMORY_RANK": "1"}
+    larger = {"64": "128", str(BATCH): str(2 * BATCH)}
+    words = [*(larger.get(word, word) for word in TRAIN), "--save-path", str(run), "--device-batch-size", str(BATCH)]
     said = launch("torchrun", *words, expected=1, limit=LIMIT, variables=little, meanwhile=watch)
     assert time.monotonic() - seen[0] < LEFT
     assert status(run)["kind"] == "memory" and "the host of rank 1 ran out of memory" in status(run)["message"]
