@@ -1,13 +1,18 @@
 """Mirrors metrics to Weights & Biases, offline where there is no key or no server. The only file that imports wandb.
 
 The mode is decided before the first init, because an init that cannot reach its server waits for its whole timeout,
-and a later offline init in the same process may then fail too.
+and a later offline init in the same process may then fail too. All calls of wandb are made by a thread of our own:
+one that hangs (a service that is stuck takes what fits into a socket, then blocks for ever) holds up nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
+import queue
+import re
+import signal
 import socket
 import threading
 import urllib.request
@@ -17,8 +22,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 3.0
+START_SECONDS = 10.0  # longest that training waits for W&B before it starts without it
 INIT_SECONDS = 10.0
+LEEWAY_SECONDS = 5.0
 FINISH_SECONDS = 30.0  # what is not uploaded by then stays on disk, for `wandb sync`
+MOST_WAITING = 10_000  # log points kept for a service that is slow
 DEFAULT_SERVER = "https://api.wandb.ai"
 KEY_VARIABLES = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
@@ -69,12 +77,12 @@ def decide_mode(env: Mapping[str, str] = os.environ) -> tuple[str, str]:
         return env["WANDB_MODE"], f"WANDB_MODE is {env['WANDB_MODE']}"
     try:
         server = env.get("WANDB_BASE_URL") or DEFAULT_SERVER
-        name = urlsplit(server).netloc
+        name = urlsplit(server).netloc.rpartition("@")[2]  # a password in the address is not printed
         if not _has_key(name, env):
             return "offline", f"no API key for {name}"
         host, port = _route(server)
     except ValueError:  # a malformed address or port
-        return "offline", f"{server} is not a usable address"
+        return "offline", "WANDB_BASE_URL is not a usable address"
     if not reachable(host, port):
         return "offline", f"no answer from {host}:{port} within {CONNECT_SECONDS:g} s"
     return "online", "key found, server answers"
@@ -92,7 +100,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class WandbTracker:
-    """One W&B run. No call raises: the first failure is told in one line through `note`, then all calls do nothing."""
+    """One W&B run. No call raises or waits: the first failure is told through `note`, then all calls do nothing.
+
+    Only opening and closing wait: START_SECONDS and a little over FINISH_SECONDS at most.
+    """
 
     def __init__(
         self,
@@ -106,7 +117,30 @@ class WandbTracker:
     ) -> None:
         self._note = note
         self._run: Any = None
-        self._guard(self._open, run_dir, run_id, name, project, settings)
+        self._given_up = False
+        self._late = False  # whether it was said that not all is kept
+        self._calls: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MOST_WAITING)
+        self._opened = threading.Event()
+        identity = (run_dir, run_id, name, project, settings)
+        self._thread = threading.Thread(target=self._work, args=identity, daemon=True, name="wandb")
+        self._thread.start()
+        if not self._opened.wait(START_SECONDS):
+            note(f"W&B has not opened within {START_SECONDS:g} s; training starts, and W&B gets all once it has")
+
+    def _work(self, *identity: Any) -> None:
+        self._guard(self._open, *identity)
+        self._opened.set()
+        while (call := self._calls.get()) is not None:
+            if self._run is not None:
+                self._guard(call, self._run)
+
+    def _ask(self, call: Callable[[Any], None] | None) -> None:
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            if not self._late:
+                self._late = True
+                self._note("warning: W&B does not keep up, and misses some values from here on; metrics.jsonl has all")
 
     def _guard(self, call: Callable[..., None], *args: Any) -> None:
         try:
@@ -114,8 +148,9 @@ class WandbTracker:
         # SystemExit too: wandb leaves by sys.exit when its service ends badly
         except (Exception, SystemExit) as error:
             self._run = None
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._note(f"warning: W&B is off from here on ({reason[:200]}); metrics.jsonl is complete")
+            reason = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
+            if not self._given_up:
+                self._note(f"warning: W&B is off from here on ({reason[:200]}); metrics.jsonl is complete")
 
     def _open(self, run_dir: Path, run_id: str, name: str, project: str, settings: dict[str, Any]) -> None:
         mode, reason = decide_mode()
@@ -151,15 +186,27 @@ class WandbTracker:
             self._note(f"W&B {mode}: {self._run.url}")
 
     def log(self, values: dict[str, float], step: int, kind: str = "train") -> None:
-        if self._run is not None:
-            self._guard(self._run.log, {**values, "step": step})
+        self._ask(lambda run: run.log({**values, "step": step}))
 
     def summary(self, values: dict[str, Any]) -> None:
-        if self._run is not None:
-            self._guard(self._run.summary.update, flatten(values))
+        flat = flatten(values)
+        self._ask(lambda run: run.summary.update(flat))
 
     def close(self, status: str) -> None:
-        """Ends the run; waits FINISH_SECONDS at most. Any status but `done` or `preempted` marks it as failed."""
-        if self._run is not None:
-            self._guard(self._run.finish, 0 if status in ("done", "preempted") else 1)
-            self._run = None
+        """Ends the run. Any status but `done` or `preempted` marks it as failed."""
+        self._ask(lambda run: run.finish(0 if status in ("done", "preempted") else 1))
+        self._ask(None)
+        self._thread.join(FINISH_SECONDS + LEEWAY_SECONDS)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._note("warning: W&B did not end in time, and is ended; metrics.jsonl is complete")
+            _end_service()
+
+
+def _end_service() -> None:
+    """Kills wandb's own service, a child of this process: at its end the interpreter would wait for it."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for pid in children.read_text().split():
+                if Path(f"/proc/{pid}/comm").read_text().startswith("wandb-core"):
+                    os.kill(int(pid), signal.SIGKILL)

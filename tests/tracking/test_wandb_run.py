@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_kd.tracking import wandb_run
 from dist_kd.tracking.wandb_run import CONNECT_SECONDS, decide_mode, flatten, reachable
 
 pytest.importorskip("wandb")
@@ -22,7 +24,8 @@ from pathlib import Path
 from dist_kd.tracking import open_tracker, wandb_run
 
 run_dir, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-wandb_run.INIT_SECONDS = 2.0
+for name, value in plan["limits"].items():
+    setattr(wandb_run, name, value)
 times = {}
 
 def timed(label, call, *args, **kwargs):
@@ -33,12 +36,13 @@ def timed(label, call, *args, **kwargs):
 
 tracker = timed("open", open_tracker, run_dir, run_id="run1", name="student", settings={"T": 4.0, "arch": "tiny"},
                 total_steps=5, wandb=True, wandb_project="proj", tensorboard=False, resumed_step=plan["resumed_step"])
-for step in range(1, 6):
-    if step == 3 and plan["kill"]:
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+for step in range(1, 1 + plan["steps"]):
+    if step == 3 and plan["signal"]:
+        tasks = Path("/proc/self/task").glob("*/children")  # children of any thread
+        children = [int(pid) for found in tasks for pid in found.read_text().split()]
         assert children, "the service should be a child"
         for child in children:
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(child, plan["signal"])
         time.sleep(0.5)
     timed("log", tracker.log, {"train/loss": 1 / step, "train/top1": 10.0 * step}, step)
 tracker.log({"val/top1": 55.0}, 5, kind="val")
@@ -55,12 +59,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def train(run_dir: Path, secret: str = "", kill: bool = False, resumed_step: int | None = None, **env: str):
+def train(
+    run_dir: Path,
+    secret: str = "",
+    *,
+    hurt: int = 0,
+    steps: int = 5,
+    resumed_step: int | None = None,
+    limits: dict[str, float] | None = None,
+    **env: str,
+):
     """Runs PROGRAM as a user without W&B settings would; returns its output lines and the times of its calls."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB") and not k.lower().endswith("_proxy")}
     home = run_dir / "home"
     home.mkdir(exist_ok=True)
-    plan = json.dumps({"kill": kill, "resumed_step": resumed_step})
+    limits = {"INIT_SECONDS": 2.0} | (limits or {})
+    plan = json.dumps({"signal": hurt, "steps": steps, "resumed_step": resumed_step, "limits": limits})
     command = [sys.executable, "-c", PROGRAM, str(run_dir), plan, *([secret] if secret else [])]
     done = subprocess.run(
         command,
@@ -71,7 +85,7 @@ def train(run_dir: Path, secret: str = "", kill: bool = False, resumed_step: int
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) >= 6
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) > steps
     return lines, json.loads(lines[-1].removeprefix("times ")), done.stderr
 
 
@@ -146,9 +160,42 @@ def test_online_by_force_against_a_refused_server_is_one_warning(tmp_path):
 
 
 def test_a_killed_service_is_one_warning(tmp_path):
-    lines, times, _ = train(tmp_path, kill=True)
+    lines, times, _ = train(tmp_path, hurt=signal.SIGKILL)
     assert sum("warning: W&B is off from here on" in line for line in lines) == 1
     assert times["close"] < 30
+
+
+def test_a_stuck_service_holds_up_nothing(tmp_path):
+    """A stopped process takes what fits into a socket; then whoever writes to it would wait for ever."""
+    limits = {"MOST_WAITING": 100, "FINISH_SECONDS": 1.0, "LEEWAY_SECONDS": 1.0}
+    lines, times, _ = train(tmp_path, hurt=signal.SIGSTOP, steps=6000, limits=limits)
+    assert sum("warning: W&B does not keep up" in line for line in lines) == 1
+    assert sum("warning: W&B did not end in time" in line for line in lines) == 1
+    assert times["close"] < 20  # its limit is 2 s, and this machine may be busy
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6001
+
+
+@pytest.mark.parametrize("limit", [2.0, 20.0])
+def test_a_server_that_accepts_and_never_answers(tmp_path, limit):
+    """The connection stands, so that only init finds it out; training does not wait for that longer than its limit."""
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        env = {"WANDB_API_KEY": FAKE_KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{hole.getsockname()[1]}"}
+        limits = {"START_SECONDS": limit, "INIT_SECONDS": 7.0 if limit == 2 else 2.0}
+        lines, times, _ = train(tmp_path, limits=limits, **env)
+    assert times["open"] < 2 + 18  # 2 s in either case, and this machine may be busy
+    assert lines[0].startswith("W&B has not opened within 2 s" if limit == 2 else "warning: W&B is off from here on (")
+    assert sum("warning: W&B is off from here on (" in line for line in lines) == 1
+
+
+def test_the_start_is_delayed_by_10_seconds_at_most():
+    assert wandb_run.START_SECONDS <= 10
+
+
+def test_a_password_in_the_server_s_address_is_not_printed(tmp_path):
+    nowhere = {"NETRC": str(tmp_path / "none")}
+    for address in ("http://me:hidden@127.0.0.1:1", "http://me:hidden@127.0.0.1:port"):
+        assert "hidden" not in str(decide_mode({"WANDB_BASE_URL": address} | nowhere))
+        assert "hidden" not in str(decide_mode({"WANDB_BASE_URL": address, "WANDB_API_KEY": "k"} | nowhere))
 
 
 def test_disabled_says_and_writes_nothing(tmp_path):
