@@ -39,7 +39,9 @@ CHANNELS_LAST = torch.channels_last
 NEVER = "100000000"
 TURN = 10  # steps of one loop before the next one has its turn
 SAME = 1e-2  # largest relative difference of the two losses of one batch; bf16 has 8 bits
-PARTS = ("data", "teacher", "seeding", "student and loss", "backward", "meters", "update", "stop look", "log")
+PARTS = (
+    "data", "teacher", "seeding", "student and loss", "backward", "meters", "update", "stop look", "watchdog", "log",
+)  # fmt: skip
 
 
 class BareLoop:
@@ -148,6 +150,7 @@ def by_part(ours: OurLoop, bare: BareLoop, rounds: int, steps: int) -> dict[str,
         (watch, run.meters, "add", "meters"),
         (watch, run.updates, "step", "update"),
         (watch, run.stop, "agreed", "stop look"),
+        (watch, run.runtime.progress, "at", "watchdog"),
         (watch, loop, "_log", "log"),
         (theirs, bare, "next_batch", "data"),
         (theirs, bare, "ask_teacher", "teacher"),
