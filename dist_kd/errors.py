@@ -26,8 +26,9 @@ class DistKDError(Exception):
     alike = False  # True where every rank raises the same: then one of them says it
 
     def __init__(self, *sentences: str):
-        more = [f"and {len(sentences) - MOST_LINES} more problems"] if len(sentences) > MOST_LINES else []
-        super().__init__(*map(one_line, sentences[:MOST_LINES]), *more)  # its args: so it can be pickled
+        more = [f"and {len(sentences) - MOST_LINES} more problems"] if len(sentences) > MOST_LINES + 1 else []
+        shown = sentences[:MOST_LINES] if more else sentences
+        super().__init__(*map(one_line, shown), *more)  # all of its args: it comes whole out of a pickle
 
     def __str__(self) -> str:
         return "\n".join(self.args)

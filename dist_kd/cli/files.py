@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dist_kd.config import Config
 PRESETS = Path(__file__).resolve().parents[2] / "configs"  # beside the package, as in a checkout
 
 MAX_BYTES = 64 << 10  # a saved configuration with its comments has 5 KB; PyYAML takes seconds for a megabyte
+MAX_BRACKETS = 1000  # of lists and mappings within lines; the time PyYAML takes grows with the square
 
 # YAML 1.1 reads `no` as false, `1e-3` as a text, `010` as 8 and `1:30` as 90. Only these words are special here;
 # all else stays text and is converted by the type of its setting, so that a file and a flag mean the same.
@@ -28,17 +30,17 @@ def preset_names() -> list[str]:
 
 def find(name_or_path: str) -> Path | str:
     """The file meant, or the sentence that says why there is none. A name of a preset goes before a file's."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.suffix in (".yaml", ".yml") or len(path.parts) != 1:
         known = None
     else:
         known = preset_names()
         if name_or_path in known:
             return PRESETS / f"{name_or_path}.yaml"
-    if path.is_file():
+    if os.path.isfile(path):  # unlike pathlib's, no error for what cannot be a path
         return path
     said = f"--config: {shown(name_or_path)} "
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = path / "config.yaml"
         return (
             said + f"is a folder; name a file in it{f', such as {inside}' if inside.is_file() else ''} (flag --config)"
@@ -56,8 +58,11 @@ def read(path: Path) -> tuple[list[Given], list[str]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             return [], [f"{path}: has {size} bytes, but settings take at most {MAX_BYTES} ({origin})"]
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MAX_BRACKETS:
+            raise RecursionError
         # compose builds nodes only: no object of any tag is ever made, and doubled keys can still be seen
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
         return [], [f"{path}: is nested too deeply; settings are flat ({origin})"]
     except yaml.YAMLError as error:

@@ -64,7 +64,7 @@ def choose(weights: str, offers: list[Published], arch: str, flag: str) -> Publi
         return offers[0]
     if weights in by_label:
         return by_label[weights]
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     if os.path.exists(path):  # unlike pathlib's, no error for what cannot be a path
         return path
     if weights != "DEFAULT" and (path.suffix in (".safetensors", ".pth", ".pt", ".bin") or os.sep in weights):

@@ -1,6 +1,6 @@
 """Trackers that fail while real training runs: its checkpoint is the same byte for byte, and it ends as it would.
 
-Bounds: W&B delays a start by 10 s at most (tests/tracking/test_wandb_run.py measures it), and each run ends within 60 s.
+Bounds: W&B delays a start by 10 s at most (measured in tests/tracking/test_wandb_run.py); each run ends within 60 s.
 """
 
 import json
