@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from faults.two_ranks import BOUND_S, LIMIT_S, STEPS, start, trouble
-from walks.training import assert_same, final_state, status
+from faults.two_ranks import BOUND_S, LIMIT_S, STEPS, assert_same_end, start, trouble
+from walks.training import status
 
 pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 slow = pytest.mark.slow
@@ -55,4 +55,4 @@ def test_a_launcher_that_may_restart_them_goes_on_from_disk(origin, tmp_path, mo
     assert [entry["step"] for entry in starts] == [0, 10]
     assert (status(run)["state"], status(run)["step"]) == ("done", STEPS)
     start(undisturbed, origin)
-    assert_same(final_state(run), final_state(undisturbed))
+    assert_same_end(run, undisturbed)

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.two_ranks import BOUND_S, HANG_S, LIMIT_S, STEPS, start, trouble
-from walks.training import assert_same, final_state, status
+from faults.two_ranks import BOUND_S, HANG_S, LIMIT_S, STEPS, assert_same_end, start, trouble
+from walks.training import status
 
+from dist_kd.cli import parse
 from dist_kd.config import Config
 from dist_kd.contracts import World
+from dist_kd.errors import ConfigError
 from dist_kd.watchdog import Progress, Watchdog, verdict
 
 pytestmark = pytest.mark.timeout(3 * LIMIT_S)
@@ -51,7 +53,7 @@ def test_after_a_rank_was_stopped_the_run_ends_as_one_that_never_was(origin, tmp
     assert (status(run)["state"], status(run)["step"]) == ("done", STEPS)
     assert not (run / "heartbeats").exists() and not (run / "stacks").exists()
     start(undisturbed, origin)
-    assert_same(final_state(run), final_state(undisturbed))
+    assert_same_end(run, undisturbed)
 
 
 @slow
@@ -159,3 +161,7 @@ def test_the_limit_is_longer_than_the_loaders():
     assert Config().hang_limit_s == 900
     assert Config(loader_timeout=1000).hang_limit_s == 3000
     assert Config(hang_timeout=HANG_S).hang_limit_s == HANG_S
+    with pytest.raises(ConfigError, match=r"--hang-timeout: `300.0` s would end the run before --loader-timeout"):
+        parse(["--data", "somewhere", "--hang-timeout", "300"], {})
+    parse(["--data", "somewhere", "--hang-timeout", "300", "--loader-timeout", "200"], {})
+    parse(["--data", "somewhere", "--hang-timeout", "300", "--workers", "0"], {})
