@@ -47,7 +47,7 @@ CHECKS = (
     Check("wandb", "dist_kd.doctor.wandb_state", 8, LOOK, torch=False),
     Check("devices", "dist_kd.doctor.devices", 10, BAD),
     Check("data", "dist_kd.doctor.speed_of_data", 20, LOOK),  # before those that want to know its classes
-    Check("collectives", "dist_kd.doctor.collectives", 15, BAD),
+    Check("collectives", "dist_kd.doctor.collectives", 25, BAD),
     Check("save path", "dist_kd.doctor.save_path", 12, BAD),
     Check("batch", "dist_kd.doctor.batch", 30, LOOK),
 )

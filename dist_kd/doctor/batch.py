@@ -72,7 +72,7 @@ def step_of(config: Config, runtime: Runtime, classes: int, samples: int) -> Ste
             ),
             labels=labels,
             weights=torch.ones(rows, device=device),
-            samples=torch.arange(rows) % samples,
+            samples=torch.arange(rows, device=device) % samples,
             soft_labels=F.one_hot(labels, classes).float() if config.mixup or config.cutmix else None,
         )
         _wait(device)

@@ -20,7 +20,7 @@ from dist_kd.doctor import BAD, LOOK, OK, Finding, said
 from dist_kd.doctor.student import CLASSES, sizes
 
 PEERS = 2
-WAIT_S = 6.0  # for each backend
+WAIT_S = 10.0  # for each backend
 SMALL_REPEATS, LARGE_REPEATS = 30, 3
 SLOW_S = 1.0  # for the gradients of one step
 
@@ -81,6 +81,8 @@ def _peer(rank: int, backend: str, store: str, parameters: int, sender: Any) -> 
         dist.init_process_group(backend, store=dist.FileStore(store, PEERS), world_size=PEERS, rank=rank, timeout=wait)
         assert dist.get_world_size() == PEERS
         device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         times = [
             _timed(torch.ones(size, device=device), repeats)
             for size, repeats in ((1, SMALL_REPEATS), (parameters, LARGE_REPEATS))

@@ -288,6 +288,38 @@ def test_memory_of_a_micro_batch_is_a_straight_line(monkeypatch):
     assert (rows, found.state) == (64, OK) and "needs 11.0 GiB" in found.text
 
 
+def test_what_fits_a_gpu_is_found_by_trying(monkeypatch):
+    """One on which 48 rows fit."""
+
+    def step(rows: int) -> float:
+        if rows > 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.001
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**29)
+    rows, _, found = batch._on_gpu(step, 128)
+    assert (rows, found.state) == (32, BAD) and "one of 32 does: --device-batch-size 32" in found.text
+    rows, _, found = batch._on_gpu(step, 12)
+    assert (rows, found.state) == (12, OK) and "takes 0.5 GiB of the GPU's 1.0 GiB; one of 48 fits too" in found.text
+    rows, seconds, found = batch._on_gpu(lambda rows: step(99), 8)
+    assert (rows, seconds, found.state) == (0, 0.0, BAD)
+
+
+def test_a_stop_ends_the_check_under_way(digits, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dist_kd.commands.main", "doctor", *SMALL, "--data", str(digits)]
+    command += ["--save-path", str(run), "--no-in-memory"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain_env(PYTHONUNBUFFERED="1"))
+    with process:
+        for line in process.stdout:
+            if " samples " in line:  # the first half of the check of data: workers come next
+                process.terminate()
+                break
+        assert process.wait(30) == 143
+    assert processes_with(str(run)) == []
+
+
 def test_every_check_is_on_the_list_once():
     there = {path.stem for path in Path(save_path.__file__).parent.glob("*.py")} - {"__init__", "student"}
     assert {check.module.rpartition(".")[2] for check in CHECKS} == there and len(CHECKS) == len(there)
