@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -318,6 +319,9 @@ def _digest(lines: Iterable[str]) -> str:
 
 def _file_size(path: str) -> int:
     try:
-        return os.stat(path).st_size
+        found = os.stat(path)
     except OSError as error:
         raise DataError(f"image `{path}` cannot be read ({error.strerror}); repair or remove it") from None
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever, a device never end
+        raise DataError(f"image `{path}` is no regular file; remove it")
+    return found.st_size

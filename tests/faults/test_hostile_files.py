@@ -73,7 +73,7 @@ YAMLS = {
     "UTF-16": "lr: 1\n".encode("utf-16"),
     "terminal": b'lr: "\\e[2J\\e]0;owned\\a\\nall is well"\n',
     "terminal in a name": b'"\\e[2Ja\\nb": 1\n',
-    "many names": b"".join(b"k%d: 1\n" % n for n in range(3000)),
+    "many names": b"".join(b"k%d: 1\n" % n for n in range(500)),
     "long": b"# " + b"x" * (1 << 20),
     "other digits": '"batch_size": "\u0661"\n'.encode(),
 }
@@ -121,7 +121,6 @@ def overlapping(path: Path, state: dict) -> Path:
     """A zip whose directory names the same bytes many times over."""
     zipped(path, state)
     with zipfile.ZipFile(path, "a") as file:
-        file.filelist += [file.filelist[0]] * 0
         largest = max(file.filelist, key=lambda entry: entry.file_size)
         file.filelist += [largest] * 500
         file._didModify = True
@@ -188,7 +187,7 @@ def test_code_in_weights_and_checkpoints_is_not_run(tmp_path, canary, monkeypatc
     payload = {"optimizer": hostile.Touch(canary)}
     path = tmp_path / "optimizer.pt"
     if how == "pickle":
-        path.write_bytes(pickle.dumps(payload))
+        path.write_bytes(pickle.dumps(payload, protocol=2))  # torch's own
     else:
         torch.save(payload, path, _use_new_zipfile_serialization=how == "zip")
     if unsafe:
@@ -228,9 +227,7 @@ CONFIGS = {
     "list": lambda text: "[1]",
     "null": lambda text: "null",
     "digits": lambda text: text.replace('"num_classes": 10', '"num_classes": ' + "9" * 5000),
-    "infinite size": lambda text: text.replace(
-        '"input_size": [\n      3,\n      32', '"input_size": [\n      3,\n      1e999'
-    ),
+    "infinite size": lambda text: text.replace("32,", "1e999,").replace("32\n", "1e999\n"),
     "huge": lambda text: text + " " * (20 << 20),
     "not finite": lambda text: text.replace('"crop_pct": 1.0', '"crop_pct": NaN'),
 }
@@ -311,7 +308,7 @@ RECORDS = {
     "nested": '{"a":' * 100_000,
     "digits": '{"student": ' + "9" * 5000 + "}",
     "list": "[]",
-    "binary": "\udcff\udc00",
+    "binary": "\udcff",
 }
 RECORDS |= {"infinite": '{"student": {"last": {"top1": 1e999}}}', "no figure": '{"student": {"last": {"top1": "x"}}}'}
 

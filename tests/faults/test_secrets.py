@@ -81,7 +81,7 @@ def test_a_server_that_refuses_the_password(zygote, origin, tmp_path, code):
     with BadServer() as server:
         for name in ("index.json", "train/index.json", "x.tar"):
             server.always[name] = status(code, Location=server.url(f"y?token={CANARY}"))
-        assert zygote.run(job(tmp_path, server.url("x.tar"), "--loader-timeout", "3")) == [3]
+        assert zygote.run(job(tmp_path, server.url("x.tar"), "--loader-timeout", "3"), limit=110) == [3]
         assert server.asked and any(CANARY not in asked.authorization for asked in server.asked)
     assert len((tmp_path / "out").read_text().splitlines()) >= 1
     assert_nowhere(tmp_path, "netrc")

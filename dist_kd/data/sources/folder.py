@@ -48,7 +48,10 @@ def read_splits(folders: dict[str, Path], name: str, augment: str) -> Source:
 
 
 def list_images(folder: Path) -> dict[str, list[str]]:
-    """Class name -> sorted paths of its images, relative to `folder` and with /; hidden files are passed over."""
+    """Class name -> sorted paths of its images, relative to `folder` and with /; hidden files are passed over.
+
+    Links are followed: whoever packs a folder packs what it shows, also where that lies elsewhere.
+    """
     class_names = _subfolders(folder)
     if not class_names:
         loose = sum(name.lower().endswith(EXTENSIONS) for name in os.listdir(folder))
@@ -59,6 +62,9 @@ def list_images(folder: Path) -> dict[str, list[str]]:
         keys = []
         for at, folders, files in os.walk(folder / class_name, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            for link in (os.path.join(at, name) for name in folders):  # a circle would give each image forty times
+                if os.path.islink(link) and Path(at).resolve().is_relative_to(Path(link).resolve()):
+                    raise DataError(f"`{link}` is a link to a folder that it lies in; remove it")
             below = os.path.relpath(at, folder).replace(os.sep, "/")
             keys += [f"{below}/{file}" for file in files if file.lower().endswith(EXTENSIONS) and file[0] != "."]
         if not keys:
