@@ -35,6 +35,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
     assert_same(ours | {"lines": []}, theirs | {"lines": []})
     assert len(lines[0]) == len(lines[1])
     for mine, other in zip(*lines, strict=True):
+        assert mine.pop("kind") == other.pop("kind")
         assert mine == pytest.approx(other, rel=1e-9)
 
 
