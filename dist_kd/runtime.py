@@ -98,7 +98,7 @@ class Runtime:
 
     def reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, as a new tensor on the CPU. Syncs the device."""
-        total = values.detach().to("cpu", torch.float64)
+        total = values.detach().to("cpu", torch.float64, copy=True)  # the sum of all must not become one rank's own
         if self.world.world_size > 1:
             with self.progress.waiting():
                 dist.all_reduce(total, group=self.cpu_group)
