@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("dist_kd.train", "train a student, with or without a teacher"),
-    "doctor": Command("dist_kd.commands.doctor", "look at this machine and the run that train flags ask for, before it"),
+    "doctor": Command("dist_kd.commands.doctor", "look at this machine and at the run that train flags ask for"),
     "sweep": Command("dist_kd.commands.sweep", "a study: values of one setting, several seeds, a table and a plot"),
     "evaluate": Command("dist_kd.commands.evaluate", "score a run, a student's folder or a network on a data set"),
     "pack": Command("dist_kd.commands.pack", "turn an image folder or a known data set into indexed shards"),
