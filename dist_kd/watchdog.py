@@ -98,6 +98,8 @@ class Watchdog:
 
     def stop(self) -> None:
         """Ends the threads. What they wrote stays only where something went wrong."""
+        if not self._threads:  # refused before it began: the heartbeats there are those of the run that goes on
+            return
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:

@@ -247,7 +247,7 @@ def test_one_of_two_ranks_cannot_read_the_checkpoint(zygote, origin, tmp_path):
     assert "checkpoint error: on rank 1: " in said
     assert "Traceback" not in said + (tmp_path / "out1").read_text()
     # a folder of the same name with other content is not taken either
-    shutil.copytree(tmp_path / "run", away / "run")
+    shutil.copytree(tmp_path / "run", away / "run", dirs_exist_ok=True)
     newest = away / "run" / "checkpoints" / NEWEST
     _flip(newest / "model.safetensors")
     _resealed(newest)

@@ -29,7 +29,7 @@ def test_a_rank_that_is_killed_is_named(origin, tmp_path):
     end = trouble(run, origin, "die")
     assert (end.status["state"], end.status["kind"]) == ("failed", "lost")
     assert "a rank was lost: rank 1 (" in end.status["message"]
-    assert re.search(r"last seen at step \d+ ", end.status["message"])
+    assert re.search(r"last seen at (start|step \d+)\b", end.status["message"])
     assert f"lost error: {end.status['message']}" in end.said and "[rank0]: Traceback" not in end.said
     assert end.seconds < BOUND_S
 

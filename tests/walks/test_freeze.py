@@ -4,7 +4,9 @@ import pytest
 from walks import training
 from walks.training import final_state, train
 
+from dist_kd.cli import parse
 from dist_kd.errors import CheckpointError
+from dist_kd.wiring import build_student
 
 HEAD = ("net.14.weight", "net.14.bias")  # of cnn_small
 USUAL = " ".join(training.SETTINGS).replace("--lr 0.01 ", "").replace("--epochs 3 ", "").split()
@@ -18,11 +20,9 @@ def settings():
 
 
 @pytest.fixture(scope="module")
-def start(settings, digits, tmp_path_factory):
-    """The student before its first step: a run at a rate that moves nothing."""
-    where = tmp_path_factory.mktemp("freeze") / "start"
-    assert train(where, digits, "--max-steps", "1", "--lr", "1e-30", "--weight-decay", "0") == "done"
-    return final_state(where)["snapshot"].tensors["model"]
+def start():
+    """The student before its first step."""
+    return build_student(parse([*USUAL, "--max-steps", "1", "--data", "none"], {}).config, 10).state_dict()
 
 
 def moved(before: dict, after: dict, name: str) -> bool:
