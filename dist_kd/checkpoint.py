@@ -26,7 +26,6 @@ from torch import Tensor
 
 from dist_kd.errors import CheckpointError, SaveError
 from dist_kd.models.weights import load_plain
-from dist_kd.train_state import ThirdSet as ThirdSet
 from dist_kd.train_state import TrainState, check, state_of
 
 SCHEMA = 4  # 1 counted bad samples without their kinds; 2 knew no test set; 3 skipped updates in fp16 only

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from dist_kd import compression, models
-from dist_kd.checkpoint import ThirdSet
 from dist_kd.config import Config
 from dist_kd.evaluation import Scores
 from dist_kd.loop import Run
@@ -18,6 +17,7 @@ from dist_kd.report import write_report
 from dist_kd.run_folder import RunFolder, versions
 from dist_kd.teacher import SideBySide
 from dist_kd.tracking.jsonl import read_metrics
+from dist_kd.train_state import ThirdSet
 
 
 def network_line(role: str, spec, parameters: int) -> str:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dist_kd import checkpoint
-from dist_kd.checkpoint import Snapshot, ThirdSet, TrainState
+from dist_kd.checkpoint import Snapshot
 from dist_kd.contracts import DataCounters
 from dist_kd.errors import CheckpointError
+from dist_kd.train_state import ThirdSet, TrainState
 
 
 def snapshot(step, best_step=-1, scale=1.0):

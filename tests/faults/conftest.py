@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from faults.zygote import Zygote
 
 from dist_kd.commands.main import main
 from dist_kd.data.finding import open_data
@@ -22,6 +23,14 @@ def origin(tmp_path_factory) -> Path:
     assert main(["pack", *words]) == 0
     assert open_data(str(where / "train")).num_samples == 150
     return where
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    """Starts real trainers out of a process that has imported torch already."""
+    found = Zygote()
+    yield found
+    found.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults.zygote import SMALL, Zygote, free_port, pair
+from faults.zygote import SMALL, free_port, pair
 from walks.training import assert_same, final_state, status
 
 from dist_kd import checkpoint
@@ -20,13 +20,6 @@ from dist_kd.errors import CheckpointError
 
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"]
 NEWEST, OLDER = checkpoint.folder_name(6), checkpoint.folder_name(5)
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

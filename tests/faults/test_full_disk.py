@@ -11,18 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faults.zygote import SMALL, Zygote
+from faults.zygote import SMALL
 from walks.training import assert_same, final_state, status
 
 from dist_kd import checkpoint
 from dist_kd.errors import ConfigError, SaveError
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -10,19 +10,12 @@ import random
 from pathlib import Path
 
 import pytest
-from faults.zygote import NAMED, SMALL, Zygote, free_port, pair
+from faults.zygote import NAMED, SMALL, free_port, pair
 from walks.training import assert_same, final_state
 
 from dist_kd import checkpoint
 
 LAST, STEPS_AN_EPOCH = 11, 4  # 150 samples in batches of 32
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 def words(run: Path, data: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from data.bad_server import BadServer, status
-from faults.zygote import SMALL, Zygote, free_port
+from faults.zygote import SMALL, free_port
 
 from dist_kd.cli import parse
 from dist_kd.commands.main import main
@@ -14,13 +14,6 @@ from dist_kd.errors import ConfigError
 
 CANARY = "cAnArY5ecret"
 VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GITHUB_TOKEN", "MY_PASSWORD")
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 def assert_nowhere(folder: Path, *but: str) -> int:

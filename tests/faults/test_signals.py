@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.zygote import ROOT, SMALL, Zygote, free_port, pair
+from faults.zygote import ROOT, SMALL, free_port, pair
 from walks.training import assert_same, final_state, status
 
 from dist_kd import checkpoint
@@ -20,13 +20,6 @@ from dist_kd import checkpoint
 PREEMPTED = 75
 TEACHER = ["--kd", "--teacher-arch", "cnn_medium", "--teacher-weights", "none", "--teacher-eval-samples", "20"]
 PHASES = ["data", "teacher", "step", "evaluation", "save"]
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 def words(run: Path, data: Path) -> list[str]:

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faults.zygote import SMALL, Zygote, free_port
+from faults.zygote import SMALL, free_port
 from walks.training import assert_same, final_state, status
 
 pytest.importorskip("wandb")
@@ -19,13 +19,6 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 END_SERVICE = (
     "for p in $(cat /proc/$PPID/task/*/children); do grep -q wandb-core /proc/$p/comm && kill -KILL $p; done; :"
 )
-
-
-@pytest.fixture(scope="module")
-def zygote():
-    found = Zygote()
-    yield found
-    found.close()
 
 
 def job(folder: Path, data: Path, *more: str, **facts) -> dict:

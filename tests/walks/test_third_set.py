@@ -12,7 +12,6 @@ import pytest
 from walks.training import SETTINGS, assert_same, final_state, train
 
 from dist_kd import checkpoint
-from dist_kd.checkpoint import ThirdSet
 from dist_kd.cli import parse
 from dist_kd.commands.evaluate import main as evaluate
 from dist_kd.commands.pack import main as pack
@@ -23,6 +22,7 @@ from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import start_runtime
 from dist_kd.tracking.jsonl import read_metrics
 from dist_kd.train import main as train_command
+from dist_kd.train_state import ThirdSet
 from dist_kd.wiring import build_run
 
 TESTS = Path(__file__).parent.parent
