@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     parsed = parse(argv)
-    from dist_kd.wiring import run_training  # imports torch, which takes seconds: after every typo was found
+    from dist_kd.lifetime import run_training  # imports torch, which takes seconds: after every typo was found
 
     return run_training(parsed)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dist_kd import compression, first_failure, models, out_of_memory, results
+from dist_kd import compression, models, results
 from dist_kd.checkpoint import write_atomically, writing
-from dist_kd.cli import Parsed, config_yaml, leave
+from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
 from dist_kd.data.index import Index
 from dist_kd.data.loader import TrainLoader
@@ -20,10 +18,9 @@ from dist_kd.data.mix import Mix
 from dist_kd.data.order import Order, choose_layout
 from dist_kd.data.views import TrainView
 from dist_kd.ema import Average
-from dist_kd.errors import DistKDError
 from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
-from dist_kd.loop import Run, fit, note_unscored
+from dist_kd.loop import Run, note_unscored
 from dist_kd.meters import Meters
 from dist_kd.methods import build_chosen, needs_teacher, parts_of
 from dist_kd.methods.frame import Pair
@@ -31,17 +28,13 @@ from dist_kd.optimizer import make_optimizer
 from dist_kd.plan import make_plan
 from dist_kd.resume import Start, check_layout, check_same_run, find_start, restore
 from dist_kd.run_folder import RunFolder
-from dist_kd.runtime import Runtime, StopRequests, launched, start_runtime
+from dist_kd.runtime import Runtime, StopRequests
 from dist_kd.sets import Sets, check_cache, data_lines, loader_settings, make_evaluator, open_sets
-from dist_kd.stop_signals import noted
 from dist_kd.teacher import Ensemble, NoTeacher, Teacher
 from dist_kd.tracking import NullTracker, open_tracker
 from dist_kd.train_state import ThirdSet, TrainState
 from dist_kd.updates import Updates
-from dist_kd.watchdog import Watchdog
 from dist_kd.world_digest import check_same_world
-
-EXIT_PREEMPTED = 75
 
 # -------------------------------------------------------------------------------------------- networks
 
@@ -321,76 +314,3 @@ def _record(parsed: Parsed, folder: RunFolder, runtime: Runtime, run: Run, sets:
         write_atomically(folder.path / "config.yaml", config_yaml(parsed))
         folder.status("running", step=run.state.step, total_steps=run.plan.total_steps)
         return folder.record_start(step=run.state.step, facts=facts, start=this)
-
-
-def run_training(parsed: Parsed) -> int:
-    """Trains as `parsed` says; the process's exit code. Every way to end is in status.json."""
-    config = parsed.config
-    started = time.monotonic()
-    runtime = start_runtime(config)
-    folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
-    run: Run | None = None
-    alike, told = False, None
-
-    def hung(sentence: str) -> None:
-        folder.status("failed", step=run.state.step if run else None, kind="hung", message=sentence)
-
-    watch = Watchdog(folder.path, runtime.world, runtime.progress, config.hang_limit_s, hung)
-    try:
-        taken_over = runtime.on_main(lambda: (folder.occupy(), watch.clear())[0])
-        watch.start()
-        if taken_over:
-            runtime.say(taken_over)
-        early = next(filter(None, runtime.gather(noted.reason)), None)
-        if early:  # before anything was built
-            runtime.on_main(lambda: folder.stopped_early(early))
-            runtime.say(f"stopped before the first step ({early}); the same command starts it")
-            runtime.close()
-            return _exit_code("preempted")
-        with out_of_memory.told(config, runtime, lambda: run):
-            run, built = build_run(parsed, runtime, folder)
-            outcome = fit(run)
-        runtime.progress.at("finish", run.state.step)
-        runtime.progress.patient = True
-        if outcome == "done":
-            runtime.on_main(lambda: _finish(parsed, folder, run, built, started))
-        else:
-            runtime.say(f"stopped at step {run.state.step} ({run.stop.reason}); the same command goes on from there")
-            run.stop.obeyed()
-        run.tracker.close(outcome)
-        if runtime.world.is_main:
-            facts = {"step": run.state.step, "total_steps": run.plan.total_steps, "message": run.stop.reason or ""}
-            folder.status(outcome, **facts)
-        runtime.barrier()
-        runtime.close()
-    except BaseException as error:
-        alike = isinstance(error, DistKDError) and error.alike
-        told = first_failure.record(runtime.world, folder, watch, run.state.step if run else None, error)
-        if run is not None:
-            run.tracker.close("failed")
-        if told is not error:
-            raise told from None
-        raise
-    finally:
-        folder.lock.release()
-        if run is not None:
-            run.source.close()
-        if alike:
-            runtime.barrier()  # a launcher ends all others when the first is gone, and rank 0 has yet to say why
-        if run is not None:
-            run.stop.uninstall()
-        watch.stop()
-        if told is not None and not alike and runtime.world.world_size > 1:
-            leave(told)
-    return _exit_code(outcome)
-
-
-def _exit_code(outcome: str) -> int:
-    return EXIT_PREEMPTED if outcome == "preempted" and not launched() else 0
-
-
-def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], started: float) -> None:
-    with writing(
-        folder.path, "what a finished run leaves (its last checkpoint stands: the same command goes on there)"
-    ):
-        results.finish(parsed.config, folder, run, built, time.monotonic() - started)

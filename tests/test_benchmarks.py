@@ -64,7 +64,7 @@ def test_allocator(tmp_path):
 def test_collect(tmp_path):
     from dist_kd.cli import parse
     from dist_kd.commands.pack import main as pack
-    from dist_kd.wiring import run_training
+    from dist_kd.lifetime import run_training
 
     pack(["digits", str(tmp_path / "digits"), "--limit-per-class", "30", "--test-fraction", "0.2", "--jobs", "1"])
     for seed in "0", "1":

@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F4", {"loop", "cli", "report", "world_digest", "out_of_memory", "first_failure"}),
     ("F5", {"resume", "results", "sweep"}),
     ("F5b", {"wiring"}),
-    ("F5c", {"doctor"}),
+    ("F5c", {"lifetime", "doctor"}),
     ("F6", {"train", "commands"}),
 ]
 STOREY = {name: number for number, (_, names) in enumerate(FLOORS) for name in names}

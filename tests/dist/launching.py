@@ -63,7 +63,7 @@ def launch(
 def train_here(*words: str, variables: dict[str, str]) -> None:
     """Trains in this very process: one process without the seconds that a new one takes to import torch."""
     from dist_kd.cli import parse
-    from dist_kd.wiring import run_training
+    from dist_kd.lifetime import run_training
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():

@@ -14,7 +14,7 @@ from dist_kd.cli import parse
 from dist_kd.data.index import checksum, read_index, write_index
 from dist_kd.data.order import Order
 from dist_kd.errors import DataError
-from dist_kd.wiring import run_training
+from dist_kd.lifetime import run_training
 
 pytestmark = pytest.mark.timeout(300)  # the first test that asks for a run of the module waits for it
 

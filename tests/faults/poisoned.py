@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from dist_kd import loop, wiring
+from dist_kd import lifetime, loop
 from dist_kd.train import main
 
 POISON = json.loads(os.environ["POISON"])
@@ -76,5 +76,5 @@ def fit(run):
 
 
 if __name__ == "__main__":
-    wiring.fit = fit
+    lifetime.fit = fit
     sys.exit(main())

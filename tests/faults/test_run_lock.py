@@ -15,9 +15,9 @@ import pytest
 from dist_kd import run_lock
 from dist_kd.cli import parse
 from dist_kd.errors import ConfigError, DistKDError
+from dist_kd.lifetime import run_training
 from dist_kd.run_folder import RunFolder
 from dist_kd.run_lock import SILENT_S, RunLock, gone, myself, process_start
-from dist_kd.wiring import run_training
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 120  # seconds for a start on a busy machine; an idle one takes six

@@ -270,8 +270,6 @@ def _answer(jobs: list[dict[str, Any]], limit: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import dist_kd.train
-    import dist_kd.wiring  # noqa: F401
 
     answers = os.dup(1)
     os.dup2(2, 1)  # only answers on the pipe

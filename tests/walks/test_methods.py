@@ -48,7 +48,7 @@ def test_parts_are_logged(unbroken):
 def test_two_teachers(digits, tmp_path, capsys):
     """Each is scored and said before step 1, then their mean; the loss in force, the group and its warning too."""
     from dist_kd.cli import parse
-    from dist_kd.wiring import run_training
+    from dist_kd.lifetime import run_training
 
     line = [
         "--arch", "cnn_small", "--teacher-arch", "cnn_medium", "cnn_small", "--teacher-weights", "none", "--method",
