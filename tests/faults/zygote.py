@@ -270,6 +270,8 @@ def _answer(jobs: list[dict[str, Any]], limit: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    import dist_kd.lifetime
+    import dist_kd.train  # noqa: F401
 
     answers = os.dup(1)
     os.dup2(2, 1)  # only answers on the pipe
