@@ -36,11 +36,13 @@ print(sorted({{"torch", "torchvision", "accelerate", "webdataset", "timm", "wand
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_error_is_printed_once_and_every_rank_ends_with_2():
-    for rank, lines in (("0", 3), ("1", 0)):
-        done = python("dist_kd/train.py", "--T", "4", RANK=rank, LOCAL_RANK=rank)
+def test_error_is_printed_once_a_machine_and_every_rank_ends_with_2():
+    """Also on a second machine, where somebody may have typed another line."""
+    for rank, local, lines in (("0", "0", 3), ("1", "1", 0), ("2", "0", 3), ("3", "1", 0)):
+        done = python("dist_kd/train.py", "--T", "4", RANK=rank, LOCAL_RANK=local)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", lines), done.stderr
         assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("rank 2: config errors (2):") == (rank == "2")
 
 
 def test_train_repairs_its_path_as_a_script(tmp_path):

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from dist_kd.cli import files, help_page, method_args
-from dist_kd.cli.exits import UsageError, ended, is_speaker, leave
+from dist_kd.cli.exits import ended, is_speaker, leave
 from dist_kd.cli.flags import scan
 from dist_kd.cli.names import FIELDS, Given, nearest, shown
 from dist_kd.cli.rules import clashes, convert
 from dist_kd.config import Config
+from dist_kd.errors import ConfigError
 from dist_kd.methods import METHODS
 
 __all__ = ["Parsed", "config_yaml", "ended", "explain_missing_data", "leave", "nearest", "parse", "shown"]
@@ -34,7 +35,7 @@ class Parsed(NamedTuple):
 def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data: bool = True) -> Parsed:
     """The settings that `argv` and the files it names ask for.
 
-    Raises a ConfigError (UsageError) with one line per problem, all at once. `--help`, `--help-methods` and
+    Raises a ConfigError with one line per problem, all at once. `--help`, `--help-methods` and
     `--print-config` print (on rank 0) and raise SystemExit(0).
     """
     found = scan(list(argv))
@@ -58,7 +59,7 @@ def parse(argv: list[str], env: Mapping[str, str] = os.environ, *, require_data:
     if require_data and not found.print_config and config.data is None and "data" not in merged.bad:
         problems.append(explain_missing_data())
     if problems:
-        raise UsageError(*problems)
+        raise ConfigError(*problems)
     parsed = Parsed(config, merged.origins())
     if found.print_config:
         _print_and_leave(config_yaml(parsed))

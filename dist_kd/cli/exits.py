@@ -14,10 +14,6 @@ INTERRUPTED = 130  # as shells report a death by SIGINT
 CLOSED_PIPE = 141  # and by SIGPIPE: `dist-kd report | head`
 
 
-class UsageError(ConfigError):
-    """A command line that cannot work: all processes read the same one, so that only rank 0 says it."""
-
-
 def is_speaker() -> bool:
     """Whether this process prints what all of them know alike: rank 0, or a process started alone."""
     return os.environ.get("RANK", "0") == "0"
@@ -72,9 +68,9 @@ def _drop_output() -> None:
 
 
 def _speaks(error: DistKDError) -> bool:
-    if error.alike or isinstance(error, UsageError):
+    if error.alike:
         return is_speaker()
-    # a setting fails alike on a node, but perhaps on one node only (a missing file): one voice a node
+    # a setting fails alike on a node, but perhaps on one node only (a missing file, another line typed): one voice each
     return not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 

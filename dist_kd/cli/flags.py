@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dist_kd.cli.exits import UsageError
 from dist_kd.cli.names import FIELDS, LONG, SECRET, SEVERAL, SHORT, SWITCHES, Given, flag, is_switch, nearest, shown
-from dist_kd.errors import one_line
+from dist_kd.errors import ConfigError, one_line
 
 NO_SECRETS = "secrets are not taken on the command line, where every user of the machine can read them"
 OWN = ("config", "print_config", "help", "help_methods")  # flags of the command line itself; no settings
@@ -39,11 +38,11 @@ def scan(argv: list[str]) -> Scan:
 
 
 def refuse_secrets(argv: list[str]) -> None:
-    """UsageError for a flag of any command that is named like a secret; argparse would repeat its value."""
+    """ConfigError for a flag of any command that is named like a secret; argparse would repeat its value."""
     for word in argv:
         name = word.partition("=")[0]
         if name.startswith("-") and SECRET.search(name):
-            raise UsageError(f"{one_line(name)[:80]}: {NO_SECRETS}")
+            raise ConfigError(f"{one_line(name)[:80]}: {NO_SECRETS}")
 
 
 def _is_flag(word: str) -> bool:

@@ -1,5 +1,6 @@
 """torchrun and `accelerate launch`, as if on two machines: the world that was asked for, one process's weights."""
 
+import re
 import shlex
 import socket
 import subprocess
@@ -76,6 +77,17 @@ def test_two_machines_train_what_one_process_does(odd_digits, tmp_path, one_proc
         other[0].kill()
         other[0].wait(10)
     assert_two_gave(tmp_path, one_process)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_line_that_cannot_work_is_told_once_by_two_processes(tmp_path, launcher):
+    """Within 100 s. The launcher ends with 1, whatever its processes do, and names the 2 of one of them."""
+    run = tmp_path / "run"
+    said = launch(launcher, "dist_kd/train.py", "--no-such-flag", "--save-path", str(run), expected=1)
+    assert said.count("--no-such-flag: no such flag") == said.count("config error") == 1, said
+    assert re.search(r"exitcode +: 2 ", said), said
+    assert "dist_kd/cli" not in said  # no traceback of ours
+    assert not run.exists()
 
 
 @pytest.mark.parametrize(
