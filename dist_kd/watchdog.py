@@ -101,9 +101,9 @@ class Watchdog:
         if not self._threads:  # refused before it began: the heartbeats there are those of the run that goes on
             return
         self._ended.set()
-        faulthandler.cancel_dump_traceback_later()
         for thread in self._threads:
             thread.join(self.beat_s)  # one that hangs in a write is left to the process's end
+        faulthandler.cancel_dump_traceback_later()  # only now: until then the judge may set it anew
         if self._late is not None:
             self._late.close()
             with contextlib.suppress(OSError):
@@ -230,9 +230,9 @@ def verdict(heartbeats: list[dict[str, Any] | None], silent: list[int], *, limit
     """One sentence: who is behind, and where everybody is. `silent` are ranks whose heart has stopped."""
     unseen = [rank for rank, beat in enumerate(heartbeats) if beat is None]
     known = [beat for beat in heartbeats if beat]
-    least = min(beat["said"] for beat in known)
+    counts = [beat["said"] for beat in known] or [0]  # none where no heartbeat could be written
     guilty = [b for b in known if b["state"] == "failed"] or [heartbeats[rank] for rank in silent]
-    guilty = guilty or [b for b in known if b["said"] == least < max(b["said"] for b in known)]
+    guilty = guilty or [b for b in known if b["said"] == min(counts) < max(counts)]
     others = [beat for beat in known if beat not in guilty]
     words = [f"nothing moved for {limit_s:g} s (--hang-timeout)"]
     for beat in guilty[:4]:

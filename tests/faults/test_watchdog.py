@@ -157,6 +157,16 @@ def test_a_folder_that_cannot_be_written_costs_the_names_only(tmp_path):
     watch.stop()
 
 
+def test_a_hang_is_told_also_where_no_heartbeat_can_be_written(tmp_path):
+    for name in ("heartbeats", "stacks"):
+        (tmp_path / name).touch()
+    process = hanging(tmp_path, 1)
+    said, stacks = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert "nothing moved for 1 s (--hang-timeout); nothing is known here of rank 0" in said
+    assert "hung error: nothing moved" in stacks
+
+
 def test_the_limit_is_longer_than_the_loaders():
     assert Config().hang_limit_s == 900
     assert Config(loader_timeout=1000).hang_limit_s == 3000
