@@ -90,7 +90,12 @@ class OutOfMemoryError(DistKDError):
     kind = "memory"
 
 
+def printable(line: str) -> str:
+    """The line with escapes for whatever a terminal would obey or not show. All that is said goes through here."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 def one_line(message: str) -> str:
-    """The message as one printable line: other characters as escapes, the middle of a very long one left out."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    """The message as one printable line, the middle of a very long one left out."""
+    line = printable(message)
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 400]} [...] {line[-400:]}"

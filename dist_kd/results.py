@@ -263,7 +263,8 @@ def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], s
     teacher = SideBySide(teachers, spec) if len(teachers) > 1 else next(iter(teachers), None)
     table = compression.compare(teacher, student, size, teacher_image_size=spec.image_size if spec else None)
     folder.write("compression.json", table)
-    run.runtime.say(compression.table(table))
+    for line in compression.table(table).splitlines():
+        run.runtime.say(line)
     if "test" in result["student"]:
         run.runtime.say(f"test     {third_set_sentence(result['student']['test'])}")
     run.tracker.summary(result)

@@ -46,7 +46,7 @@ def find_start(config: Config, folder: RunFolder, runtime: Runtime) -> Start:
         else:
             found = checkpoint.resolve(config.resume)
         for sentence in refused:
-            print(f"warning: {sentence}", flush=True)
+            runtime.say(f"warning: {sentence}")
         if found is None:
             if refused:
                 raise CheckpointError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dist_kd.config import Config
 from dist_kd.contracts import World
-from dist_kd.errors import ConfigError, DistKDError
+from dist_kd.errors import ConfigError, DistKDError, printable
 from dist_kd.stop_signals import STOP_SIGNALS, noted, orphaned
 from dist_kd.watchdog import PATIENCE, Progress
 
@@ -45,11 +45,11 @@ class Runtime:
     cpu_group: Any = None  # gloo, for agreements that must not sync a GPU
     progress: Progress = field(default_factory=Progress)  # told before and after each wait for other ranks
 
-    def say(self, text: str) -> None:
-        """Prints on rank 0 only."""
+    def say(self, line: str) -> None:
+        """Prints one line, on rank 0 only."""
         if self.world.is_main:
             with contextlib.suppress(OSError):  # a log on a full disk, a terminal that is gone: training goes on
-                print(text, flush=True)
+                print(printable(line), flush=True)
 
     def prepare(self, learner: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Learner in DDP and under autocast, optimizer with loss scaling. Loaders are never prepared (loader.py)."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_kd.data import pack
 from dist_kd.data.sources import SOURCES, open_source
 from dist_kd.data.views import check_augment
+from dist_kd.errors import printable
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
         bad = pack.left_out(args.dest / split)
         if bad:
             print(
-                f"{args.dest / split}: left out {len(bad)} unreadable images, the first `{bad[0]}` (see {pack.STATE})"
+                f"{args.dest / split}: left out {len(bad)} unreadable images, the first `{printable(bad[0])}` "
+                f"(see {pack.STATE})"
             )
     if "val" not in indexes:
         print("no validation set: pack again with --val-fraction 0.2 to hold one out, or give --val-data when training")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dist_kd.errors import ConfigError
+from dist_kd.errors import ConfigError, printable
 from dist_kd.report import is_run_folder, write_report
 
 
@@ -69,12 +69,12 @@ def main(argv: list[str]) -> int:
             Path(args.json).write_text(text)
             print(f"figures: {args.json}", file=talk)
     for found in report["comparisons"]:
-        print(found["sentence"], file=talk)
+        print(printable(found["sentence"]), file=talk)
     for run in report["runs"]:
         for text in run["missing"]:
-            print(f"note: {run['name']}: {text}", file=talk)
+            print(printable(f"note: {run['name']}: {text}"), file=talk)
     for problem in report["problems"]:
-        print(f"warning: {problem}", file=sys.stderr)
+        print(printable(f"warning: {problem}"), file=sys.stderr)
     if report["html"]:
         print(f"report: {report['html']}", file=talk)
     return 1 if report["problems"] else 0

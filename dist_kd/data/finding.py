@@ -25,7 +25,7 @@ from dist_kd.data.index import Index, read_facts, read_index, write_index
 from dist_kd.data.remote_urls import check_url, is_remote, local_path
 from dist_kd.data.shard_cache import ShardCache, cache_folder
 from dist_kd.data.survey import build_index
-from dist_kd.errors import DataError
+from dist_kd.errors import DataError, printable
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def _index_of(shards: list[Path], name: str) -> Index:
         log.warning(
             "the shards in %s have changed since they were indexed: %s samples then, %d now",
             folder,
-            before,
+            printable(str(before)),
             index.num_samples,
         )
     for place in places:

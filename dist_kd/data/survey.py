@@ -20,7 +20,7 @@ from dist_kd.data.damage import KINDS, damage_of
 from dist_kd.data.index import Index
 from dist_kd.data.tar_scan import MOST_IMAGE_BYTES, ROW, Marked, Scan, ShardInfo, checksum, scan_shard
 from dist_kd.data.tar_walk import shown
-from dist_kd.errors import DataError
+from dist_kd.errors import DataError, printable
 
 if TYPE_CHECKING:
     from dist_kd.data.shard_cache import ShardCache
@@ -115,7 +115,7 @@ def _account(where: str, samples: int, marked: list[dict[str, Marked]], max_bad_
             f"{what}; that is more than the share `{max_bad_fraction:g}` that may be: mend the shards, or allow more "
             "by `dist-kd index SHARDS --max-bad-fraction`"
         )
-    log.warning("%s; they keep their numbers, and training shows others in their place", what)
+    log.warning("%s; they keep their numbers, and training shows others in their place", printable(what))
 
 
 def _largest_label(where: str, labels: np.ndarray) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_kd.cli import parse, shown
 from dist_kd.config import Config
-from dist_kd.errors import ConfigError
+from dist_kd.errors import ConfigError, printable
 from dist_kd.report import read_run, sweep_table
 from dist_kd.sweep.running import PREEMPTED, Outcome, gpus, is_done, listening, places, work
 from dist_kd.sweep.study import Arm, Run, Study, read_study
@@ -118,7 +118,7 @@ def _top1(run: Run) -> str:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-    return "\n".join(f"    {line}" for line in lines)
+    return "\n".join(f"    {printable(line)}" for line in lines)
 
 
 def _seen(arm: Arm) -> sweep_table.Arm:

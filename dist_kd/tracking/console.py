@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from dist_kd.errors import printable
+
 HEADER_EVERY = 20  # rows of training between two headers on a terminal
 ROW = "{:>8}  {:>7}  {:>8}  {:>8}  {:>8}  {:>7}  {:>9}  {:>8}  {:>6}  {:>8}  {:>9}"
 HEADER = ROW.format(
@@ -122,12 +124,13 @@ class ConsoleTracker:
         self._task = self._bar.add_task(name, total=self._total, completed=start_step, best="")
         self._bar.start()
 
-    def note(self, text: str) -> None:
-        """Prints one line above the bar, as it is."""
+    def note(self, line: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        line = printable(line)
         if self._bar is None:
-            print(text, file=self._stream, flush=True)
+            print(line, file=self._stream, flush=True)
         else:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
+            self._bar.console.print(line, markup=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
         then, first = self._start

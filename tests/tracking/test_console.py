@@ -88,6 +88,7 @@ def test_terminal_gets_a_bar_a_header_and_rows(monkeypatch):
     def act(stream) -> None:
         tracker = ConsoleTracker("student", 40, stream=stream)
         tracker.note("loss = [bold] stays as it is")
+        tracker.note("a name \x1b]0;owned\x07 of others")
         for step in range(21):
             tracker.log(TRAIN, step)
         tracker.log(VAL, 20, kind="val")
@@ -97,5 +98,6 @@ def test_terminal_gets_a_bar_a_header_and_rows(monkeypatch):
     assert text.count(HEADER) == 2  # again after 20 rows
     assert train_row(TRAIN, 7) in text
     assert "[bold] stays" in text
+    assert r"a name \x1b]0;owned\x07 of others" in text and "\x07" not in text
     assert "steps" in text and "best top-1 61.20 %" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
