@@ -97,7 +97,8 @@ def fit(run: Run) -> str:
             if stopping:
                 return "preempted"
             grad_norm = _train_step(run, batches)
-            progress.patient = False
+            if progress.patient:
+                run.tracker.note(progress.started())
             if plan.log_due(state.step):
                 _log(run, grad_norm)
     finally:

@@ -7,6 +7,7 @@ command line has been found good.
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 # Run as a file, dist_kd/ itself stands first on the path: `import dist_kd` would fail, and our rooms would be taken
@@ -28,15 +29,16 @@ from dist_kd.cli import ended, parse
 
 def main(argv: list[str] | None = None) -> int:
     """Trains as the command line says; the process's exit code (errors.py; 75: stopped, the same line goes on)."""
+    begun = time.monotonic()
     with stop_signals.noting():
-        return ended(lambda: _train(sys.argv[1:] if argv is None else argv))
+        return ended(lambda: _train(sys.argv[1:] if argv is None else argv, begun))
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str], begun: float) -> int:
     parsed = parse(argv)
     from dist_kd.lifetime import run_training  # imports torch, which takes seconds: after every typo was found
 
-    return run_training(parsed)
+    return run_training(parsed, begun)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,31 @@ class Progress:
     def __init__(self) -> None:
         self.here: tuple[int, str, int | None, bool] = (0, "start", None, False)  # number, section, step, waiting
         self.patient = True  # at the start and at the end, where much is done once
+        self.spent: dict[str, float] = {}  # seconds by section, while patient
+        self._since = time.monotonic()
 
     def at(self, section: str, step: int | None = None) -> None:
         """Something new begins, on all ranks."""
+        if self.patient:
+            self._account()
         self.here = (self.here[0] + 1, section, step, False)
 
     def beat(self, waiting: bool = False) -> None:
         """The same section goes on; `waiting`: for the other ranks, from now on."""
         number, section, step, _ = self.here
         self.here = (number + 1, section, step, waiting)
+
+    def _account(self) -> None:
+        now, section = time.monotonic(), self.here[1]
+        self.spent[section] = self.spent.get(section, 0.0) + now - self._since
+        self._since = now
+
+    def started(self) -> str:
+        """The first step is done, and patience is over; a line that says what the time until then went into."""
+        self._account()
+        self.patient = False
+        parts = ", ".join(f"{section} {seconds:.2f}" for section, seconds in self.spent.items() if seconds >= 0.005)
+        return f"started  {sum(self.spent.values()):.2f} s to the end of the first step: {parts}"
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -144,11 +144,13 @@ def teacher_warning(scores: Scores, num_classes: int) -> str | None:
 
 def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run, dict[str, Any]]:
     """The wired run, restored if there is something to resume, and the teacher's scores for the summary."""
-    config, say = parsed.config, runtime.say
+    config, say, progress = parsed.config, runtime.say, runtime.progress
+    progress.at("sets")
     sets = open_sets(config, runtime)
     train, val, test = sets
     data = {split: index.spec.fingerprint for split, index in sets._asdict().items() if index is not None}
     check_same_world(config, runtime, {f"the {split} data": digest for split, digest in data.items()})
+    progress.at("checkpoint")
     start = find_start(config, folder, runtime)
     # the data is what is in it, wherever it lies
     settings = config.result_settings() | {"data": data["train"], "val_data": data["val"]}
@@ -172,6 +174,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     }
     facts = {"layout": layout, "settings": settings, "data": train.spec.fingerprint}
 
+    progress.at("networks")
     network = build_student(config, train.spec.num_classes)
     student_spec = network.spec
     plain_teachers = build_teachers(config, train.spec.num_classes)
@@ -195,6 +198,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         max_skipped=config.max_skipped_steps,
     )
 
+    progress.at("loaders")
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
     evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
@@ -238,6 +242,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         still_ours=folder.lock.check,
     )
     if start.checkpoint is not None:
+        progress.at("checkpoint")
         restore(run, start)
     if test is not None and run.state.test.data != test.spec.fingerprint:
         run.state.test = ThirdSet(test.spec.fingerprint)  # figures of another set are not these
@@ -248,6 +253,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         say(line)
     if resharded:
         say(resharded)
+    progress.at("records")
     run_id = runtime.on_main(lambda: _record(parsed, folder, runtime, run, sets, start))
     if runtime.world.is_main:
         if stop.remove_stale_file():
@@ -266,6 +272,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
         )
     scores = tested = None
     if plain_teachers:
+        progress.at("teacher's score")
         scores = score_teacher(config, runtime, teacher, evaluator, val, student_spec, stop.agreed)
         if scores.complete and tester is not None:
             tested = score_teacher(config, runtime, teacher, tester, test, student_spec, stop.agreed, "test")

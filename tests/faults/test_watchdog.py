@@ -175,3 +175,18 @@ def test_the_limit_is_longer_than_the_loaders():
         parse(["--data", "somewhere", "--hang-timeout", "300"], {})
     parse(["--data", "somewhere", "--hang-timeout", "300", "--loader-timeout", "200"], {})
     parse(["--data", "somewhere", "--hang-timeout", "300", "--workers", "0"], {})
+
+
+def test_the_time_of_a_start_is_told_by_section(monkeypatch):
+    clock = iter([10.0, 10.5, 12.0, 12.001, 15.0])  # made, then at each section
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    progress = Progress()
+    for section in ("sets", "networks", "data", "networks"):
+        progress.at(section)
+        progress.beat()
+    monkeypatch.setattr("time.monotonic", lambda: 15.0)
+    line = progress.started()
+    assert line == "started  5.00 s to the end of the first step: start 0.50, sets 1.50, data 3.00"
+    assert not progress.patient and progress.spent["networks"] == pytest.approx(0.001)
+    progress.at("finish")
+    assert "finish" not in progress.spent and sum(progress.spent.values()) == 5.0  # no clock is asked any more
