@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 WAITING_CHUNKS = 4  # between the thread that receives and the one that writes
 MAY_PASS = (408, 425, 429)  # of the 4xx; all 5xx may pass
+REMEDY = "see to that server, or copy the data here; then the same command goes on"
 ADVICE = {
     401: "it wants credentials: ~/.netrc for http(s), the store's environment variables otherwise",
     403: "the credentials given (~/.netrc, or the store's environment variables) do not allow it, or there are none",
@@ -156,9 +157,9 @@ class Patience:
         pause = max(pause, min(error.pause_s, limits.longest_pause_s))
         spent = f"after {self._failures} attempts without a new byte, {now - self._began:.1f} s in all{have}"
         if self._failures >= limits.attempts:
-            raise DataError(f"{error}; gave up {spent}") from error
+            raise DataError(f"{error}; gave up {spent}; {REMEDY}") from error
         if now + pause >= self._deadline:
-            raise DataError(f"{error}; gave up at its time limit, {spent}") from error
+            raise DataError(f"{error}; gave up at its time limit, {spent}; {REMEDY}") from error
         log.warning("%s; attempt %d in %.1f s", error, self._failures + 1, pause)
         time.sleep(pause)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from walks.training import assert_same, final_state, train
 from walks.training import status as status_of
 
 from dist_kd import wiring
+from dist_kd.cli import parse
 from dist_kd.commands.main import main
 from dist_kd.data import remote_sets
 from dist_kd.data.order import choose_layout
+from dist_kd.data.remote import Limits, read_small
 from dist_kd.errors import ConfigError, DataError
+from dist_kd.lifetime import run_training
 
 TESTS = Path(__file__).parent.parent
 TARS = ("--no-in-memory", "--workers", "2")
@@ -157,6 +161,31 @@ def test_a_server_that_dies_ends_the_run_in_time_and_its_return_goes_on(served, 
     server.always.clear()
     launch("plain", "dist_kd/train.py", *words, "--time-limit", "0.03", expected=75, limit=90)
     assert status_of(run)["state"] == "preempted" and status_of(run)["step"] > failed["step"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "bound"),
+    [(Limits(attempts=3, pause_s=0.05), 20), pytest.param(None, 150, marks=pytest.mark.slow)],
+    ids=["short limits", "its own limits"],
+)
+@pytest.mark.parametrize("what", ["index.json", "index.npy"])
+def test_an_index_that_cannot_be_had_ends_the_start(served, tmp_path, monkeypatch, limits, bound, what):
+    """A server that answers 500 for ever: one sentence within its bound, which is also the status; no shard is had."""
+    server, url = served
+    server.always[f"set/train/{what}"] = status(500)
+    if limits:
+        monkeypatch.setattr(remote_sets, "read_small", partial(read_small, limits=limits))
+    began = time.monotonic()
+    words = [*PLAIN, "--epochs", "1", "--data", url, "--save-path", str(tmp_path / "run")]
+    with pytest.raises(DataError) as caught:
+        run_training(parse(words, {}))
+    assert time.monotonic() - began < bound
+    attempts = limits.attempts if limits else 10
+    found = f"`{url}/train/{what}` answered 500 Internal Server Error; gave up after {attempts} attempts "
+    assert str(caught.value).startswith(found)
+    assert str(caught.value).endswith("see to that server, or copy the data here; then the same command goes on")
+    assert status_of(tmp_path / "run")["message"] == str(caught.value)
+    assert not downloads(server)
 
 
 def test_foreign_shards_are_indexed_once(digits, served, tmp_path, monkeypatch, caplog):
