@@ -79,6 +79,19 @@ def check_same_run(config: Config, start: Start, settings: dict[str, Any], finge
             f"`{start.checkpoint}` was made with other settings that change the result: "
             f"{'; '.join(changed)}; use the old ones, another --save_path, or --allow-changes"
         )
+    kept, wanted = _memory(before), _memory(now)
+    if kept != wanted:
+        raise ConfigError(
+            f"`{start.checkpoint}` has what `{kept}` remembers, with which `{wanted}` cannot go on, --allow-changes or "
+            "not; use the old --optimizer and --momentum, or start anew from its --student-weights with another "
+            "--save_path"
+        )
+
+
+def _memory(settings: dict[str, Any]) -> str:
+    """What names the tensors that an optimizer keeps for each parameter; those of SGD are there with any momentum."""
+    name = settings["optimizer"]
+    return f"{name} without momentum" if name == "rmsprop" and not settings["momentum"] else name
 
 
 def check_layout(config: Config, start: Start, world_size: int) -> str | None:
@@ -155,8 +168,11 @@ def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
             f"`{path}` is not of these networks ({type(error).__name__}: {' '.join(str(error).split())!s:.300}); give "
             "another checkpoint, or start anew with another --save_path"
         ) from None
+    chosen = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(saved.optimizer["optimizer"])
+        for group, own in zip(run.optimizer.param_groups, chosen, strict=True):
+            group.update(own)  # torch would take decay, momentum and the share of the rate from the checkpoint
         if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
             run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:

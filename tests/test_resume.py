@@ -68,6 +68,11 @@ def test_settings_are_another_question():
         check_same_run(other, started(2, 6), other.result_settings(), "abc")
     with pytest.raises(ConfigError, match="--allow-reshard"):
         check_layout(Config(allow_changes=True, **SMALL), started(2, 6), 3)
+    still = {"optimizer": "rmsprop", "momentum": 0}
+    for was, asked in (({}, {"optimizer": "adam"}), (still, {"optimizer": "rmsprop"})):
+        other = Config(allow_changes=True, **SMALL | asked)
+        with pytest.raises(ConfigError, match=r"has what `.*` remembers, with which `.*` cannot go on"):
+            check_same_run(other, started(2, 6, **was), other.result_settings(), "abc")
     changed = Config(allow_changes=True, **SMALL | {"lr": 0.5})
     check_same_run(changed, started(2, 6), changed.result_settings(), "abc")
     with pytest.raises(CheckpointError, match="fingerprint abc, now xyz"):

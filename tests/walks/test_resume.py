@@ -66,6 +66,13 @@ def test_a_finished_run_is_finished(digits, tmp_path):
     assert_same(final_state(tmp_path), before)
 
 
+def test_changes_that_are_allowed_are_in_force(digits, tmp_path):
+    assert train(tmp_path, digits, *MEMORY, stop_at_batch=3) == "preempted"
+    assert train(tmp_path, digits, *MEMORY, "--weight-decay", "0.5", "--momentum", "0.25", "--allow-changes") == "done"
+    groups = final_state(tmp_path)["snapshot"].optimizer["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["momentum"]) for group in groups] == [(0.5, 0.25), (0.0, 0.25)]
+
+
 def test_a_checkpoint_of_another_folder_is_a_start(digits, tmp_path, uninterrupted):
     """--resume PATH: a new folder goes on from an old one's checkpoint, and ends as the old one would have."""
     assert train(tmp_path / "old", digits, *MEMORY, stop_at_batch=13) == "preempted"
