@@ -43,14 +43,19 @@ def on_every_rank(runtime: Runtime, cache: ShardCache, opened: Callable[[], Inde
     """What `opened` opens, on every rank. Rank 0 goes first: it may have to pack or index, and sees that local shards
     are all there; a remote index it sends to the others, which may be on nodes that have not got it."""
 
+    index: Index | None = None
+
     def first() -> remote_sets.Sent | None:
+        nonlocal index
         index = opened()
         if index is not None and not index.url:
             check_present(index)
         return remote_sets.sent(index) if index is not None and index.url else None
 
     remote = runtime.on_main(first)
-    return remote_sets.received(remote, cache) if remote else opened()
+    if remote:
+        return remote_sets.received(remote, cache)
+    return index if runtime.world.is_main else opened()
 
 
 def open_sets(config: Config, runtime: Runtime) -> Sets:

@@ -33,7 +33,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
     folded = copy.copy(network)
     folded._modules = dict(network._modules)
-    folded.net = fuse(copy.deepcopy(network.net).eval())
+    folded.net = fuse(copy.deepcopy(network.net).eval(), inplace=True)  # the copy is not copied again
     return folded
 
 

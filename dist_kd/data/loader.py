@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from dist_kd.contracts import Batch, DataSpec, World
-from dist_kd.data import fetch_ahead
+from dist_kd.data import fetch_ahead, memory
 from dist_kd.data.account import Account
 from dist_kd.data.decode import TarSamples
 from dist_kd.data.delivery import Delivery
 from dist_kd.data.feed import Feed
 from dist_kd.data.index import Index
-from dist_kd.data.memory import MemorySamples
 from dist_kd.data.order import Order
 from dist_kd.data.rows import Request, Rows, Shown
 from dist_kd.errors import ConfigError
@@ -62,7 +61,7 @@ class TrainLoader:
         self._order, self._micro_batch, self._mix, self._world = order, micro_batch, mix, world
         self.account = Account(index, index.num_samples, max_bad_fraction)
         self._delivery = Delivery(self.account, world, device, mean, std, channels_last)
-        samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
+        samples = memory.held(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=True, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, workers, timeout_s, pin=self._delivery.pin)
         self._remote = index if index.url and not in_memory else None
@@ -126,7 +125,7 @@ class EvalLoader:
         ]
         self.account = Account(index, self.num_samples, max_bad_fraction)
         self._delivery = Delivery(self.account, world, device, mean, std, channels_last, ledger=ledger)
-        samples = MemorySamples(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
+        samples = memory.held(index, keep_bad=max_bad_fraction > 0) if in_memory else TarSamples(index)
         dataset = Shown(index, samples, view, train=False, strict=max_bad_fraction == 0)
         self._feed = Feed(dataset, min(workers, len(self._requests)), timeout_s, pin=self._delivery.pin)
         self._remote = index if index.url and not in_memory else None

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -88,6 +89,18 @@ class MemorySamples:
         end = int(self._ends[sample])
         # channels last, as decode_image gives them
         return self._buffer[end - 3 * height * width : end].view(height, width, 3).permute(2, 0, 1)
+
+
+_held: WeakValueDictionary[tuple[int, bool], MemorySamples] = WeakValueDictionary()
+
+
+def held(index: Index, *, keep_bad: bool) -> MemorySamples:
+    """The samples of this very index, decoded once however many loaders show them at the same time."""
+    key = (id(index), keep_bad)  # an index lives at least as long as its samples, so no other has this id meanwhile
+    samples = _held.get(key)
+    if samples is None:
+        samples = _held[key] = MemorySamples(index, keep_bad=keep_bad)
+    return samples
 
 
 def _check_room(size: int) -> None:

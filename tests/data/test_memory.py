@@ -1,9 +1,11 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from dist_kd.data.decode import TarSamples
-from dist_kd.data.memory import MemorySamples, decoded_bytes, fits
+from dist_kd.data.memory import MemorySamples, decoded_bytes, fits, held
 from dist_kd.data.survey import build_index
 from dist_kd.data.tar_reader import BadSample
 
@@ -50,3 +52,13 @@ def test_estimates(shards):
     mixed = index_of(shards((200,), shape=lambda number: (10, 5 + number % 2 * 10)))
     real = 200 * 3 * 10 * 10
     assert real <= decoded_bytes(mixed) <= 1.25 * real
+
+
+def test_decoded_once_for_all_who_show_it(shards):
+    index, other = index_of(shards((5,))), index_of(shards((5,)))
+    samples = held(index, keep_bad=False)
+    assert held(index, keep_bad=False) is samples
+    assert held(index, keep_bad=True) is not samples and held(other, keep_bad=False).index is other
+    alive = weakref.ref(samples)
+    del samples
+    assert alive() is None  # once nobody shows them any more
