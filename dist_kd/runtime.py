@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -74,13 +75,15 @@ class Runtime:
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Runs `action` on rank 0, gives all ranks its result, and raises its error on all of them."""
-        outcome: tuple[Any, BaseException | None] = (None, None)
+        outcome: tuple[Any, Exception | None] = (None, None)
+        own: Exception | None = None
         if self.world.is_main:
             try:
                 outcome = (action(), None)
             except Exception as error:
-                outcome = (None, error)
+                own, outcome = error, (None, _portable(error))
         result, error = self.broadcast(outcome)
+        error = error if own is None else own
         if error is not None:
             if isinstance(error, DistKDError):
                 error.alike = True
@@ -121,6 +124,15 @@ class Runtime:
     def close(self) -> None:
         if self.world.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its kind and words where it holds what cannot travel, such as a lock or an open connection."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _precision(config: Config, cuda: bool) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from dist.launching import launch
 
 FAULTS = """
 import resource, sys, torch
@@ -37,3 +38,31 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(environment, keeps
     )
     # 60 blocks of 9,766 pages of 4 KiB; transparent huge pages would make it 60 x 19
     assert (int(done.stdout) < 100) == keeps, done.stdout
+
+
+REFUSED = """
+import threading
+from dist_kd.cli import parse
+from dist_kd.runtime import start_runtime
+
+runtime = start_runtime(parse(["--data", "x", "--cpu"], {}).config)
+assert runtime.world.world_size == 2
+def fail():
+    error = ValueError("the server said no")
+    error.connection = threading.Lock()
+    raise error
+try:
+    runtime.on_main(fail)
+except Exception as error:
+    print(f"rank {runtime.world.rank} has {type(error).__name__}: {error}", flush=True)
+runtime.barrier()
+runtime.close()
+"""
+
+
+def test_an_error_that_cannot_travel_is_told_to_all_ranks_in_words(tmp_path):
+    script = tmp_path / "refused.py"
+    script.write_text(REFUSED)
+    said = launch("torchrun", str(script))
+    assert "rank 0 has ValueError: the server said no\n" in said
+    assert "rank 1 has RuntimeError: ValueError: the server said no\n" in said
