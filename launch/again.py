@@ -7,6 +7,7 @@ again.py end FOLDER EXIT-CODE ASKED   prints done, again, stopped or failed, and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ def begin(run: Path, job: str) -> None:
     refuse_if_stuck(run, job)
     start = {"job": job, "step": step(run), "status": status(run).get("time")}
     with (run / STARTS).open("a") as file:
-        file.write(json.dumps(start) + "\n")
+        file.write(f"\n{json.dumps(start)}\n")  # not behind a half line
 
 
 def end(run: Path, job: str, code: int, asked: bool) -> str:
@@ -69,12 +70,13 @@ def refuse_if_stuck(run: Path, job: str) -> None:
 
 
 def starts(run: Path, job: str) -> list[dict]:
-    """The starts of `job` in this folder, first to last."""
-    try:
-        lines = (run / STARTS).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [start for start in map(json.loads, lines) if start["job"] == job]
+    """The starts of `job` in this folder, first to last; a half line, as a crash of the machine leaves it, is none."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (run / STARTS).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [start for start in found if start["job"] == job]
 
 
 def step(run: Path) -> int:

@@ -99,6 +99,16 @@ def test_three_starts_at_one_step_are_enough(tmp_path):
     again.begin(tmp_path, "8")  # somebody has looked, and asks anew
 
 
+def test_a_half_line_of_a_crashed_machine_is_passed_over(tmp_path):
+    left(tmp_path, "preempted", step=10)
+    again.begin(tmp_path, "7")
+    with (tmp_path / again.STARTS).open("a") as file:
+        file.write('{"job": "7", "st')
+    again.begin(tmp_path, "7")
+    assert [start["step"] for start in again.starts(tmp_path, "7")] == [10, 10]
+    assert again.end(tmp_path, "7", 1, False).startswith("again")
+
+
 def test_the_folder_is_the_trainers(tmp_path):
     """The default name, as `dist-kd train` would choose it; wrong flags end the job before it takes any node's time."""
     flags = ["--arch", "cnn_small", "--no-kd", "--data", "digits"]
