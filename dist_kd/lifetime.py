@@ -12,6 +12,7 @@ from typing import Any
 from dist_kd import first_failure, out_of_memory, results
 from dist_kd.checkpoint import writing
 from dist_kd.cli import Parsed, leave
+from dist_kd.cli.exits import PREEMPTED
 from dist_kd.errors import DistKDError
 from dist_kd.loop import Run, fit
 from dist_kd.run_folder import RunFolder
@@ -19,8 +20,6 @@ from dist_kd.runtime import launched, start_runtime
 from dist_kd.stop_signals import noted
 from dist_kd.watchdog import Watchdog
 from dist_kd.wiring import build_run
-
-EXIT_PREEMPTED = 75
 
 
 def run_training(parsed: Parsed, begun: float | None = None) -> int:
@@ -90,7 +89,7 @@ def run_training(parsed: Parsed, begun: float | None = None) -> int:
 
 
 def _exit_code(outcome: str) -> int:
-    return EXIT_PREEMPTED if outcome == "preempted" and not launched() else 0
+    return PREEMPTED if outcome == "preempted" and not launched() else 0
 
 
 def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], started: float) -> None:

@@ -11,6 +11,7 @@ from typing import NoReturn
 from dist_kd.errors import ConfigError, DistKDError
 
 INTERRUPTED = 130  # as shells report a death by SIGINT
+PREEMPTED = 75  # stopped in good order: the same command goes on
 CLOSED_PIPE = 141  # and by SIGPIPE: `dist-kd report | head`
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_kd.cli import parse, shown
 from dist_kd.config import Config
-from dist_kd.errors import ConfigError, printable
+from dist_kd.errors import ConfigError, SaveError, printable
 from dist_kd.report import read_run, sweep_table
 from dist_kd.sweep.running import PREEMPTED, Outcome, gpus, is_done, listening, places, work
 from dist_kd.sweep.study import Arm, Run, Study, read_study
@@ -22,7 +22,8 @@ LOG_LINES = 12  # of a failed run's log, shown
 def run_sweep(argv: list[str]) -> int:
     """Does what is not done of the study and writes its table; 0 all done, 1 a run failed, 75 stopped.
 
-    ConfigError, before anything starts, for wrong settings and for folders that hold another study's runs.
+    ConfigError, before anything starts, for wrong settings and for folders that hold another study's runs; SaveError
+    at the end if the table cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("`dist-kd sweep` starts its own processes, one a GPU; start it once, without a launcher")
@@ -42,7 +43,10 @@ def run_sweep(argv: list[str]) -> int:
     def ended(run: Run, outcome: Outcome, code: int, seconds: float) -> None:
         if outcome == "done":
             print(f"done     {run.name}: top-1 {_top1(run)} % ({seconds:.0f} s)", flush=True)
-            _write(study, command)  # so that a long study can be looked at
+            try:
+                _write(study, command)  # so that a long study can be looked at
+            except SaveError as error:
+                print(f"WARNING: {error}", flush=True)
         elif outcome == "stopped":
             stopped.append(run)
             print(f"stopped  {run.name}; the same command goes on from there", flush=True)
@@ -128,6 +132,12 @@ def _seen(arm: Arm) -> sweep_table.Arm:
 
 
 def _write(study: Study, command: str) -> str:
-    """Writes sweep.json, sweep.md and sweep.html; the table as text."""
+    """Writes sweep.json, sweep.md and sweep.html; the table as text. SaveError if the disk refuses them."""
     arms, twins = [_seen(arm) for arm in study.arms], [_seen(arm) for arm in study.twins]
-    return sweep_table.write(study.folder, sweep_table.Results(study.setting, arms, twins, command))
+    try:
+        return sweep_table.write(study.folder, sweep_table.Results(study.setting, arms, twins, command))
+    except OSError as error:
+        raise SaveError(
+            f"the table of the study could not be written to `{study.folder}` ({error.strerror or error}); make room "
+            "there, or have it made writable: the same command writes it then"
+        ) from error

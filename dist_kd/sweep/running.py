@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from dist_kd.cli.exits import PREEMPTED
+from dist_kd.stop_signals import STOP_SIGNALS
 from dist_kd.sweep.study import Run
 
 Outcome = Literal["done", "stopped", "failed"]
 
-PREEMPTED = 75  # exit code of a trainer that saved and stopped
 GRACE = 300.0  # seconds in which a trainer that was asked to stop must have saved
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DEVICE_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # one of these where torch may find a GPU
 
 
@@ -88,7 +88,7 @@ def _start(run: Run, place: dict[str, str]) -> subprocess.Popen:
 def _outcome(run: Run, code: int, stopping: bool) -> Outcome:
     if code == 0:
         return "done"
-    # before its first step a trainer has nothing to save, and ends by the signal itself
+    # in its first moment a trainer knows no signal yet, and ends by it
     return "stopped" if code == PREEMPTED or (stopping and code == -signal.SIGTERM) else "failed"
 
 

@@ -15,7 +15,8 @@ import yaml
 
 from dist_kd.commands.main import main as console
 from dist_kd.commands.sweep import main as sweep
-from dist_kd.errors import ConfigError
+from dist_kd.errors import ConfigError, SaveError
+from dist_kd.sweep import _write as write_table
 from dist_kd.sweep.running import places
 from dist_kd.sweep.study import Study, read_study
 
@@ -237,6 +238,12 @@ def test_a_run_that_fails_does_not_stop_the_others(start, tmp_path):
     assert "0 of 1, missing: seed 0" in said and "done     lr=0.01 seed 0: top-1" in said
     assert "FAILED   1 of 2 runs: lr=1e+30 seed 0" in said
     assert json.loads((tmp_path / "sweep.json").read_text())["values"][0]["missing_seeds"] == [0]
+
+
+def test_a_table_that_the_disk_refuses_is_said(tmp_path):
+    (tmp_path / "sweep.md.partial").mkdir()
+    with pytest.raises(SaveError, match=rf"the table of the study could not be written to `{tmp_path}` \(Is a dir"):
+        write_table(study("--over", "lr=0.1,0.01", "--save-path", str(tmp_path)), "dist-kd sweep")
 
 
 @pytest.mark.timeout(400)
