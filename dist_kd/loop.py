@@ -163,11 +163,13 @@ def _log(run: Run, grad_norm: torch.Tensor | None) -> None:
     run.updates.settle(state, state.step)
     values = run.meters.drain(run.runtime.reduce_sum)
     if not state.skipped_in_a_row and not math.isfinite(values["train/loss"]):
-        raise DivergedError(
+        error = DivergedError(
             f"the training loss is `{values['train/loss']}` at step {state.step}: some update of the last "
             f"{plan.log_steps} diverged; lower --lr, lengthen --warmup-epochs or set --clip-norm, and start from "
             "the last checkpoint"
         )
+        error.alike = True
+        raise error
     slow, warning = run.stragglers.look(
         run.runtime.world, run.meters.own_ms, values["time/step_ms"], run.runtime.reduce_sum
     )

@@ -78,6 +78,19 @@ def test_a_diverged_run_stops_and_keeps_its_weights(digits, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith("num_batches_tracked"))
 
 
+def test_an_infinite_loss_with_finite_gradients_is_all_ranks_error(digits, tmp_path):
+    parsed = parse([*SETTINGS, "--in-memory", "--workers", "0", "--data", str(digits), "--save-path", str(tmp_path)], {})
+    run, _ = build_run(parsed, start_runtime(parsed.config), RunFolder(tmp_path))
+    forward = run.learner.forward
+    run.learner.forward = lambda *words: (terms := forward(*words))._replace(total=terms.total + float("inf"))
+    with pytest.raises(DivergedError, match=r"the training loss is `nan` at step 4") as caught:
+        loop.fit(run)
+    assert caught.value.alike
+    run.source.close()
+    run.stop.uninstall()
+    run.tracker.close("failed")
+
+
 def test_a_time_limit_stops_it(digits, tmp_path):
     assert train(tmp_path, digits, "--in-memory", "--workers", "0", "--time-limit", "0.0001") == "preempted"
     assert train(tmp_path, digits, "--in-memory", "--workers", "0") == "done"
