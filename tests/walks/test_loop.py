@@ -79,7 +79,9 @@ def test_a_diverged_run_stops_and_keeps_its_weights(digits, tmp_path):
 
 
 def test_an_infinite_loss_with_finite_gradients_is_all_ranks_error(digits, tmp_path):
-    parsed = parse([*SETTINGS, "--in-memory", "--workers", "0", "--data", str(digits), "--save-path", str(tmp_path)], {})
+    parsed = parse(
+        [*SETTINGS, "--in-memory", "--workers", "0", "--data", str(digits), "--save-path", str(tmp_path)], {}
+    )
     run, _ = build_run(parsed, start_runtime(parsed.config), RunFolder(tmp_path))
     forward = run.learner.forward
     run.learner.forward = lambda *words: (terms := forward(*words))._replace(total=terms.total + float("inf"))
