@@ -1,10 +1,10 @@
 """Every error a user can cause: one sentence with the value, the rule, where it came from and what to do.
 
 DistKDError
-  ConfigError       raised by cli, config, plan, wiring, models: a setting that cannot work (exit 2)
+  ConfigError       raised wherever a setting is looked at: it cannot work (exit 2)
   DataError         raised by data: shards, index or images that are not what they should be (exit 3)
   CheckpointError   raised by checkpoint: nothing usable to resume from, or another run's files (exit 4)
-  DivergedError     raised by loop: the loss is no longer finite (exit 5)
+  DivergedError     raised by loop and updates: the loss or the gradients are no longer finite (exit 5)
   SaveError         raised by checkpoint: the disk takes no checkpoint, or no other file of the run (exit 6)
   OutOfMemoryError  raised by out_of_memory: of the device or the host (exit 9)
   HungError         said by watchdog: nothing moved for longer than it may (exit 7)

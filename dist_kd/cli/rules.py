@@ -176,7 +176,7 @@ IDLE: dict[str, Idle] = {
     "allow_reshard": Idle("resume", lambda c: c.allow_reshard and c.resume == "never", "with --resume never"),
     "loader_timeout": Idle(
         "workers",
-        lambda c: _never_waits(c),
+        _never_waits,
         "with --workers 0 and data on this machine, where nothing is waited for",
     ),
 }

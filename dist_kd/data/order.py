@@ -77,7 +77,10 @@ class Order:
                 + (f"use `--batch-size {self.num_samples}` or less" if self.num_samples else "the set is empty")
             )
         if self.streams < 1 or self.batch % self.streams:
-            raise ConfigError(f"`{self.streams}` streams of samples do not divide the global batch `{self.batch}`")
+            raise ConfigError(
+                f"`{self.streams}` streams of samples, as chosen at the run's first start, do not divide the global "
+                f"batch `{self.batch}`; take a multiple as --batch-size, or start anew with another --save_path"
+            )
         if self.window < 1:
             raise ConfigError(f"the shuffle window is `{self.window}` samples, but must be at least 1")
 

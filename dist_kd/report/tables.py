@@ -321,12 +321,12 @@ def skipped(groups: Sequence[Group]) -> Table | None:
         ">Damaged in validation",
         ">Damaged in test",
         ">Reads repeated",
-        ">Steps skipped (fp16)",
+        ">Steps skipped",
     )
     note = (
         "Left out: samples that do not fill a batch, others in each epoch. Damaged samples keep their place with "
-        "weight 0, each epoch anew; in validation and test they are not scored. Steps are skipped where fp16 gradients "
-        "overflow."
+        "weight 0, each epoch anew; in validation and test they are not scored. Steps are skipped where gradients are not "
+        "finite, as when fp16 overflows."
     )
     return Table("What was skipped", columns, tuple(rows), note) if rows else None
 
