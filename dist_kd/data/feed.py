@@ -24,10 +24,10 @@ from torch.utils.data._utils import signal_handling
 
 from dist_kd.data.rows import Request, Rows, Shown
 from dist_kd.errors import DataError
+from dist_kd.stop_signals import STOP_SIGNALS
 
 PREFETCH = 2  # requests each worker has in hand
 GRACE_S = 3.0  # for workers to end by themselves
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Shared:
@@ -141,7 +141,7 @@ class Feed:
                 generator=torch.Generator(),  # else it draws from torch's own, and so disturbs training
                 **several,
             )
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until the workers ignore them
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the workers ignore them
         try:
             self._iterator = iter(self._loader)  # workers used again say first that they are there
         except Exception as error:
@@ -236,7 +236,7 @@ def _leave_signals_to_the_main_process(_worker: int) -> None:
 
     Workers end when they are told, or within seconds of the main process's death.
     """
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

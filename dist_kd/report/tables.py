@@ -325,8 +325,8 @@ def skipped(groups: Sequence[Group]) -> Table | None:
     )
     note = (
         "Left out: samples that do not fill a batch, others in each epoch. Damaged samples keep their place with "
-        "weight 0, each epoch anew; in validation and test they are not scored. Steps are skipped where gradients are not "
-        "finite, as when fp16 overflows."
+        "weight 0, each epoch anew; in validation and test they are not scored. Steps are skipped where gradients are "
+        "not finite, as when fp16 overflows."
     )
     return Table("What was skipped", columns, tuple(rows), note) if rows else None
 
