@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from dist_kd.cli.names import kinds
-from dist_kd.config import DATA, DEFAULT_LR, METHOD, MODELS, OPTIM, RUN, TRACK, Config, Optimizer
+from dist_kd.config import RUN, TRACK, Config
+from dist_kd.experiment import DATA, DEFAULT_LR, METHOD, MODELS, OPTIM, Optimizer
 
 FIELDS = Config.model_fields
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_kd.config import DEFAULT_LR, Config
+from dist_kd.config import Config
 from dist_kd.ema import Average
+from dist_kd.experiment import DEFAULT_LR
 from dist_kd.optimizer import make_optimizer, parameter_groups, set_lr
 
 
