@@ -1,8 +1,9 @@
 """Mirrors metrics to Weights & Biases, offline where there is no key or no server. The only file that imports wandb.
 
-The mode is decided before the first init, because an init that cannot reach its server waits for its whole timeout,
-and a later offline init in the same process may then fail too. All calls of wandb are made by a thread of our own:
-one that hangs (a service that is stuck takes what fits into a socket, then blocks for ever) holds up nothing else.
+The mode is decided before the first init, because an init that cannot reach its server waits for its whole timeout; if
+a server fails only then (it takes connections and answers too late), the run goes offline all the same. All calls of
+wandb are made by a thread of our own: one that hangs (a service that is stuck takes what fits into a socket, then
+blocks for ever) holds up nothing else.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _short(error: BaseException) -> str:
+    """Why, for a message: one line without passwords in addresses."""
+    return (re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())) or type(error).__name__)[:200]
+
+
 class WandbTracker:
     """One W&B run. No call raises or waits: the first failure is told through `note`, then all calls do nothing.
 
@@ -148,35 +154,46 @@ class WandbTracker:
         # SystemExit too: wandb leaves by sys.exit when its service ends badly
         except (Exception, SystemExit) as error:
             self._run = None
-            reason = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
             if not self._given_up:
-                self._note(f"warning: W&B is off from here on ({reason[:200]}); metrics.jsonl is complete")
+                self._note(f"warning: W&B is off from here on ({_short(error)}); metrics.jsonl is complete")
 
     def _open(self, run_dir: Path, run_id: str, name: str, project: str, settings: dict[str, Any]) -> None:
         mode, reason = decide_mode()
         if mode == "disabled":
             return
+        # its reports about itself: sent at the end, where a silent server would be waited for twice 10 s
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self._run = wandb.init(
-            dir=str(run_dir),
-            project=project,
-            name=name,
-            id=run_id,
-            resume="allow",  # a requeued job goes on in the same run; offline each start is a folder of its own
-            mode=mode,
-            config=settings,
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                save_code=False,
-                disable_git=True,
-                x_disable_meta=True,  # holds argv verbatim, and a shard address may carry a signature
-                x_save_requirements=False,
-                init_timeout=INIT_SECONDS,
-                finish_timeout=FINISH_SECONDS,
-            ),
-        )
+        def begin(mode: str) -> Any:
+            return wandb.init(
+                dir=str(run_dir),
+                project=project,
+                name=name,
+                id=run_id,
+                resume="allow",  # a requeued job goes on in the same run; offline each start is a folder of its own
+                mode=mode,
+                config=settings,
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    save_code=False,
+                    disable_git=True,
+                    x_disable_meta=True,  # holds argv verbatim, and a shard address may carry a signature
+                    x_save_requirements=False,
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
+                ),
+            )
+
+        try:
+            self._run = begin(mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            mode, reason = "offline", _short(error)
+            wandb.teardown()  # its service takes no second run of this name
+            self._run = begin(mode)
         # after a crash steps repeat: with an axis of our own the repeated ones are drawn, not refused
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")

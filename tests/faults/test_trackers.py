@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults.zygote import SMALL, free_port
+from tracking.slow_wandb import SlowWandb
 from walks.training import assert_same, final_state, status
 
 pytest.importorskip("wandb")
@@ -103,12 +104,16 @@ def test_places_that_take_no_file(zygote, plain, origin, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["refused", "black hole"])
-def test_a_server_that_is_none(zygote, plain, origin, tmp_path, kind):
-    with socket.create_server(("127.0.0.1", 0)) as hole:  # accepts, and never answers
-        port = hole.getsockname()[1] if kind == "black hole" else free_port()
-        env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_MODE": "online"}
+@pytest.mark.parametrize("kind", ["refused", "black hole", "3 s an answer", "30 s an answer"])
+def test_a_server_that_is_none_or_slow(zygote, plain, origin, tmp_path, kind):
+    pause = float(kind.split()[0]) if kind.endswith("an answer") else 0
+    with socket.create_server(("127.0.0.1", 0)) as hole, SlowWandb(pause) as slow:
+        urls = {"refused": free_port(), "black hole": hole.getsockname()[1]}
+        url = f"http://127.0.0.1:{urls[kind]}" if kind in urls else slow.url
+        env = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "WANDB_MODE": "online"}
         assert zygote.run(job(tmp_path, origin, "--wandb", env=env), limit=110) == [0]
     assert_untouched(tmp_path / "run", plain)
     assert_same(final_state(tmp_path / "run"), final_state(plain))
-    assert (tmp_path / "out").read_text().count("warning: W&B is off") == 1
+    said = (tmp_path / "out").read_text()
+    assert said.count("W&B online: " if kind == "3 s an answer" else "W&B offline (") == 1, said
+    assert "warning" not in said, said

@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from tracking.slow_wandb import SlowWandb
 
 from dist_kd.tracking import wandb_run
 from dist_kd.tracking.wandb_run import CONNECT_SECONDS, decide_mode, flatten, reachable
 
 pytest.importorskip("wandb")
+SLOW = pytest.mark.slow
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
 
 PROGRAM = """
@@ -89,6 +91,14 @@ def train(
     return lines, json.loads(lines[-1].removeprefix("times ")), done.stderr
 
 
+def assert_kept(lines: list[str]) -> None:
+    """One line says that the run is offline, and all its steps are in the folder that it names."""
+    assert not any("warning" in line for line in lines), lines
+    (said,) = [line for line in lines if line.startswith("W&B offline (")]
+    stored = list(records(next(Path(said.rpartition(" ")[2]).glob("*.wandb"))))
+    assert sum(record.WhichOneof("record_type") == "history" for record in stored) == 6
+
+
 def records(path: Path):
     """The records of a .wandb file: a header of 7 bytes, then a log in blocks of 32 KiB (the format of LevelDB)."""
     from wandb.proto import wandb_internal_pb2
@@ -151,11 +161,10 @@ def test_refused_server_is_found_out_before_init(tmp_path):
     assert lines[0].startswith("W&B offline (no answer from 127.0.0.1:")
 
 
-def test_online_by_force_against_a_refused_server_is_one_warning(tmp_path):
+def test_online_by_force_against_a_refused_server_is_offline(tmp_path):
     env = {"WANDB_API_KEY": FAKE_KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}", "WANDB_MODE": "online"}
     lines, times, _ = train(tmp_path, **env)
-    assert sum("warning" in line for line in lines) == 1
-    assert lines[0].startswith("warning: W&B is off from here on (")
+    assert_kept(lines)
     assert times["open"] < 30  # init_timeout 2 s here, and the start of Python packages on a busy machine
 
 
@@ -183,8 +192,29 @@ def test_a_server_that_accepts_and_never_answers(tmp_path, limit):
         limits = {"START_SECONDS": limit, "INIT_SECONDS": 7.0 if limit == 2 else 2.0}
         lines, times, _ = train(tmp_path, limits=limits, **env)
     assert times["open"] < 2 + 18  # 2 s in either case, and this machine may be busy
-    assert lines[0].startswith("W&B has not opened within 2 s" if limit == 2 else "warning: W&B is off from here on (")
-    assert sum("warning: W&B is off from here on (" in line for line in lines) == 1
+    assert lines[0].startswith("W&B has not opened within 2 s" if limit == 2 else "W&B offline (")
+    assert_kept(lines)
+
+
+@pytest.mark.parametrize(
+    ("pause", "online"),
+    [(0.3, True), (6.0, False), pytest.param(3.0, True, marks=SLOW), pytest.param(30.0, False, marks=SLOW)],
+)
+def test_a_server_that_answers_slowly(tmp_path, pause, online):
+    """Online if the three answers of a start come in time, else offline with all that is to be uploaded."""
+    slow = pause in (3, 30)
+    limits = {"INIT_SECONDS": wandb_run.INIT_SECONDS if slow else 4.0, "START_SECONDS": 10.0 if slow else 2.0}
+    with SlowWandb(pause) as server:
+        lines, times, _ = train(tmp_path, limits=limits, WANDB_API_KEY=FAKE_KEY, WANDB_BASE_URL=server.url)
+    assert times["open"] < limits["START_SECONDS"] + 10  # this machine may be busy
+    assert times["log"] < 0.2
+    assert server.asked
+    if online:
+        assert any(line.startswith("W&B online: ") for line in lines), lines
+        assert sorted(server.history) == [1, 2, 3, 4, 5, 5]
+        assert not any("warning" in line for line in lines), lines
+    else:
+        assert_kept(lines)
 
 
 def test_the_start_is_delayed_by_10_seconds_at_most():
