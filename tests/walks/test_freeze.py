@@ -1,22 +1,18 @@
 """--freeze and --head-lr, from the command line to the checkpoint."""
 
+from functools import partial
+
 import pytest
 from walks import training
-from walks.training import final_state, train
+from walks.training import final_state, settings_without
 
 from dist_kd.cli import parse
 from dist_kd.errors import CheckpointError
 from dist_kd.wiring import build_student
 
 HEAD = ("net.14.weight", "net.14.bias")  # of cnn_small
-USUAL = " ".join(training.SETTINGS).replace("--lr 0.01 ", "").replace("--epochs 3 ", "").split()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def settings():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SETTINGS", USUAL)
-        yield
+USUAL = settings_without("--lr", "--epochs")
+train = partial(training.train, settings=USUAL)
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,21 @@
 """Whole runs with methods other than kd: several of them, several teachers, what grows, what is printed and saved."""
 
 import json
+from functools import partial
 
 import pytest
 from walks import training
-from walks.training import assert_same, final_state, train
+from walks.training import assert_same, final_state, settings_without
 
 from dist_kd.errors import ConfigError
 
 # a term with a warm-up (a buffer that grows), one that couples rows, and kd; dkd takes no mixup
-USUAL = " ".join(training.SETTINGS).replace("--kd ", "").replace("--mixup 0.2 ", "").replace("--epochs 3 ", "").split()
+train = partial(training.train, settings=settings_without("--kd", "--mixup", "--epochs"))
 SUM = ["--method", "kd+dkd+dist", "--method-arg", "dist.T=2", "--max-steps", "30"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def settings():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "SETTINGS", USUAL)
-        yield
-
-
 @pytest.fixture(scope="module")
-def unbroken(settings, digits, tmp_path_factory):
+def unbroken(digits, tmp_path_factory):
     where = tmp_path_factory.mktemp("methods") / "a"
     assert train(where, digits, *SUM, "--method-arg", "warmup=2") == "done"
     return final_state(where)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,9 +48,25 @@ class Interrupting:
             inner.close()
 
 
-def train(folder: Path, data: Path, *more: str, stop_at_batch: int | None = None, how: str = "SIGTERM") -> str:
+def settings_without(*flags: str) -> list[str]:
+    """SETTINGS without these flags and what they are given."""
+    kept, leaving = [], False
+    for word in SETTINGS:
+        leaving = word in flags if word.startswith("--") else leaving
+        kept += [] if leaving else [word]
+    return kept
+
+
+def train(
+    folder: Path,
+    data: Path,
+    *more: str,
+    settings: Sequence[str] = SETTINGS,
+    stop_at_batch: int | None = None,
+    how: str = "SIGTERM",
+) -> str:
     """One start of a run in this process; "done" or "preempted"."""
-    parsed = parse([*SETTINGS, "--data", str(data), "--save-path", str(folder), *more], {})
+    parsed = parse([*settings, "--data", str(data), "--save-path", str(folder), *more], {})
     folder.mkdir(parents=True, exist_ok=True)
     runtime = start_runtime(parsed.config)
     run, _ = build_run(parsed, runtime, RunFolder(folder))
