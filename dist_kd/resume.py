@@ -69,10 +69,10 @@ def check_same_run(config: Config, start: Start, settings: dict[str, Any], finge
             f"the training data is not what `{start.checkpoint}` was trained on (fingerprint {start.facts['data']}, "
             f"now {fingerprint}); restore the shards, or start anew with another --save_path"
         )
+    # a setting younger than the checkpoint was then what it does by default: nothing
+    saved = {k: field.default for k, field in Config.model_fields.items() if k in settings} | start.facts["settings"]
     # of the largest micro-batch only what follows from it matters, and that is check_layout's
-    before, now = (
-        {k: v for k, v in s.items() if k != "device_batch_size"} for s in (start.facts["settings"], settings)
-    )
+    before, now = ({k: v for k, v in s.items() if k != "device_batch_size"} for s in (saved, settings))
     changed = checkpoint.differences(before, now)
     if changed and not config.allow_changes:
         raise ConfigError(

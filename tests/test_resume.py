@@ -61,6 +61,15 @@ def test_another_micro_batch_is_the_same_question():
     assert check_layout(larger, started(2, 6), 2) is None
 
 
+def test_a_setting_younger_than_the_checkpoint_had_its_default():
+    old = started(2, 6)
+    del old.facts["settings"]["freeze"]
+    same, frozen = Config(**SMALL), Config(**SMALL, freeze="backbone")
+    check_same_run(same, old, same.result_settings(), "abc")
+    with pytest.raises(ConfigError, match="freeze: 'none' -> 'backbone'"):
+        check_same_run(frozen, old, frozen.result_settings(), "abc")
+
+
 def test_settings_are_another_question():
     """--allow-reshard allows no other batch, and --allow-changes no other processes."""
     other = Config(allow_reshard=True, **SMALL | {"batch_size": 24})
