@@ -86,8 +86,8 @@ def _start(run: Run, place: dict[str, str]) -> subprocess.Popen:
 
 
 def _outcome(run: Run, code: int, stopping: bool) -> Outcome:
-    if code == 0:
-        return "done"
+    if code == 0:  # where a launcher's variables are set, also after a stop
+        return "done" if is_done(run) else "stopped"
     # in its first moment a trainer knows no signal yet, and ends by it
     return "stopped" if code == PREEMPTED or (stopping and code == -signal.SIGTERM) else "failed"
 

@@ -17,6 +17,7 @@ from dist_kd.commands.main import main as console
 from dist_kd.commands.sweep import main as sweep
 from dist_kd.errors import ConfigError, SaveError
 from dist_kd.sweep import _write as write_table
+from dist_kd.sweep import running
 from dist_kd.sweep.running import places
 from dist_kd.sweep.study import Study, read_study
 
@@ -238,6 +239,14 @@ def test_a_run_that_fails_does_not_stop_the_others(start, tmp_path):
     assert "0 of 1, missing: seed 0" in said and "done     lr=0.01 seed 0: top-1" in said
     assert "FAILED   1 of 2 runs: lr=1e+30 seed 0" in said
     assert json.loads((tmp_path / "sweep.json").read_text())["values"][0]["missing_seeds"] == [0]
+
+
+@pytest.mark.parametrize(("state", "outcome"), [("done", "done"), ("preempted", "stopped")])
+def test_under_a_launcher_the_status_says_how_a_run_ended(tmp_path, state, outcome):
+    run = study("--over", "lr=0.1,0.01", "--save-path", str(tmp_path)).runs[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "status.json").write_text(json.dumps({"state": state}))
+    assert running._outcome(run, 0, stopping=False) == outcome
 
 
 def test_a_table_that_the_disk_refuses_is_said(tmp_path):
