@@ -152,6 +152,42 @@ def test_the_time_is_over_and_then_it_is_cancelled(cluster, digits, tmp_path):
     assert job.status()["step"] > second
 
 
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+def slow(number):
+    while os.path.exists({flag!r}):
+        time.sleep(0.1)
+    fsync(number)
+os.fsync = slow
+"""
+
+
+def test_cancelled_with_less_time_than_a_save_takes(cluster, digits, undisturbed, tmp_path):
+    """A disk that takes longer than SLURM's KillWait of 10 s: killed in mid-save, the next job goes on from the last
+    good checkpoint."""
+    flag = tmp_path / "slow"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.format(flag=str(flag)))
+    words, options = [*SHORT, "--data", str(digits)], {"variables": {"PYTHONPATH": str(tmp_path)}}
+    job = Job(cluster, tmp_path, *words, **options)
+    job.until_said(r"step +15/85")
+    flag.touch()
+    cluster.ask("scancel", job.number)
+    assert job.until_ended(100) == "CANCELLED"
+    until("no process of the job is left", lambda: not cluster.leftovers(), 30, job.hint)
+    flag.unlink()
+    left = sorted((job.run / "checkpoints").glob(".step_*.partial"))
+    assert len(left) == 1 and job.status()["state"] == "running", job.hint()
+    found, refused = checkpoint.find(job.run / "checkpoints")
+    good = int(found.name.removeprefix("step_"))
+    assert not refused and good >= 10 and good % 10 == 0
+    again = Job(cluster, tmp_path, *words, **options)
+    assert again.until_ended() == "COMPLETED", again.hint()
+    assert again.starts() == [0, good] and world_size(again.run) == 2
+    assert not left[0].exists()
+    assert_same(final_state(again.run), undisturbed)
+
+
 def test_an_error_that_another_start_would_meet_again(cluster, digits, tmp_path):
     for name, flags, code, words in [
         ("flag", ["--data", str(digits), "--T", "-1"], "2:0", "config error"),
