@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("large", "efficientnet_b0", "resnet152", "photographs", ("--batch-size", "8", "--no-in-memory")),
+    Case("large", "efficientnet_b0", "resnet152", "photographs", ("--batch-size", "4", "--no-in-memory", "--teacher-eval-samples", "32")),
     Case("small", "resnet20_cifar", "resnet56_cifar", "digits", ("--batch-size", "64", "--image-size", "32")),
 )
 TINY = (Case("tiny", "cnn_small", "cnn_medium", "digits", ("--batch-size", "16", "--image-size", "8")),)
@@ -93,7 +93,7 @@ def command(case: Case, folder: Path) -> list[str]:
         *(sys.executable, "-m", "dist_kd.train", "--data", str(data), "--arch", case.arch, "--student-weights", "none"),
         *("--teacher-arch", case.teacher, "--teacher-weights", str(weights), "--kd", "--cpu", "--workers", "1"),
         *("--optimizer", "adamw", "--ema-decay", "0.99", "--max-steps", "1000000", "--eval-steps", "1000000"),
-        *("--teacher-eval-samples", "64", *case.flags),
+        *case.flags,
     ]
 
 
@@ -128,14 +128,12 @@ def floor() -> float:
 
 
 def measure(case: Case, folder: Path, rounds: int) -> dict[str, list[Start]]:
-    """Each round: a start in a new folder, and one that resumes it. One of each before that is not counted."""
+    """Each round: a start in a new folder, and one that resumes it."""
     line, found = command(case, folder), {"new": [], "resumed": []}
-    for number in range(-1, rounds):
-        run = ["--save-path", str(folder / f"{case.name}-{number}")]
-        for kind in found:
-            took = start(line + run)
-            if number >= 0:
-                found[kind].append(took)
+    floor()  # from now on what is imported is in the system's memory
+    for number in range(rounds):
+        for starts in found.values():
+            starts.append(start([*line, "--save-path", str(folder / f"{case.name}-{number}")]))
     return found
 
 

@@ -107,7 +107,7 @@ class Evaluator:
         self._device, self._rounds = device, rounds
         self._autocast, self._stopped = autocast, stopped
         self._reduce_sum, self._reduce_max, self._gather = reduce_sum, reduce_max, gather
-        self._expected: Tensor | None = None  # [N] the teacher's top-1 of each sample of the set, -1 where unknown
+        self.answers: Tensor | None = None  # [N] the teacher's top-1 of each sample of the set, -1 where unknown
 
     def score(self, network: Callable[[Tensor], ModelOutput], *, remember: bool = False) -> Scores:
         """Scores of `network` (normalized images -> ModelOutput); `remember` keeps its top-1 for agreement.
@@ -132,7 +132,7 @@ class Evaluator:
                     continue  # fewer batches than another rank: it still answers for the stop request
                 with self._autocast():
                     logits = network(batch.images).logits
-                expected = None if self._expected is None else self._expected[batch.samples]
+                expected = None if self.answers is None else self.answers[batch.samples]
                 top1 = sums.add(logits, batch, expected)
                 if remember:
                     predicted[batch.samples] = top1.to(torch.int32)
@@ -142,7 +142,7 @@ class Evaluator:
         if complete:
             account.check(data)
         if remember and complete:
-            self._expected = self._reduce_max(predicted).to(self._device)
+            self.answers = self._reduce_max(predicted).to(self._device)
         counts = self._reduce_sum(sums.counts)
         bins = self._reduce_sum(sums.bins)
         by_name = dict(zip(COUNTS, counts.tolist(), strict=True))
@@ -158,7 +158,3 @@ class Evaluator:
             complete=complete,
             data=data,
         )
-
-    def share_answers(self, other: Evaluator) -> None:
-        """Takes over the teacher's remembered top-1 from an evaluator of the same set."""
-        self._expected = other._expected

@@ -76,15 +76,6 @@ def _group_lines(run: Run) -> Iterator[str]:
         )
 
 
-def teacher_line(spec, scores: Scores, split: str) -> str:
-    n = scores.samples
-    return (
-        f"teacher  {spec.arch} on {n} {split} samples: top-1 {scores.top1_hits}/{n} = "
-        f"{100 * scores.top1_hits / max(1, n):.2f} %, top-5 {scores.top5_hits}/{n} = "
-        f"{100 * scores.top5_hits / max(1, n):.2f} %, {spec.num_classes} classes"
-    )
-
-
 def _timing(folder: RunFolder, seconds: float) -> dict[str, float]:
     """Means over the log points of training, weighted equally; shares of the step's time in percent."""
     lines = [m for m in read_metrics(folder.metrics) if m.get("kind") == "train"]

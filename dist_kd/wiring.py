@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 
-from dist_kd import compression, models, results
+from dist_kd import compression, models, results, teacher_score
 from dist_kd.checkpoint import write_atomically, writing
 from dist_kd.cli import Parsed, config_yaml
 from dist_kd.config import Config
-from dist_kd.data.index import Index
 from dist_kd.data.loader import TrainLoader
 from dist_kd.data.mix import Mix
 from dist_kd.data.order import Order, choose_layout
 from dist_kd.data.views import TrainView
 from dist_kd.ema import Average
-from dist_kd.evaluation import Evaluator, Scores
 from dist_kd.learner import Learner
-from dist_kd.loop import Run, note_unscored
+from dist_kd.loop import Run
 from dist_kd.meters import Meters
 from dist_kd.methods import build_chosen, needs_teacher, parts_of
 from dist_kd.methods.frame import Pair
@@ -96,50 +93,6 @@ def prepare_teacher(config: Config, runtime: Runtime, networks: list, student_sp
 
 
 # ------------------------------------------------------------------------------------------------- run
-
-
-def score_teacher(
-    config: Config,
-    runtime: Runtime,
-    teacher: Teacher | Ensemble,
-    evaluator: Evaluator,
-    index: Index,
-    spec,
-    stopped,
-    split: str = "validation",
-) -> Scores:
-    """The teacher on a set before step 1, through the student's own view, and the line that says so; remembers its
-    answers.
-
-    Of several teachers each is scored and said first, then their mean, which is what teaches.
-    """
-    sample = evaluator
-    if config.teacher_eval_samples < index.spec.num_samples:
-        sample = make_evaluator(config, runtime, index, spec, stopped, limit=config.teacher_eval_samples)
-    for member in teacher.members if len(teacher.members) > 1 else ():
-        alone = sample.score(member)
-        if not alone.complete:
-            return alone
-        runtime.say(results.teacher_line(member.spec, alone, split))
-    scores = sample.score(teacher, remember=True)
-    if sample is not evaluator:
-        evaluator.share_answers(sample)
-    if scores.complete:
-        runtime.say(results.teacher_line(teacher.spec, scores, split))
-    return scores
-
-
-def teacher_warning(scores: Scores, num_classes: int) -> str | None:
-    """A loud sentence if the teacher is no better than guessing."""
-    top1, chance = 100 * scores.top1_hits / max(1, scores.samples), 100 / num_classes
-    noise = 300 * math.sqrt(chance / 100 * (1 - chance / 100) / max(1, scores.samples))  # three standard errors
-    if top1 > chance + noise:
-        return None
-    return (
-        f"WARNING: the teacher is at chance level: top-1 {top1:.2f} % on {scores.samples} validation samples, "
-        f"guessing gives {chance:.2f} %; the student can learn nothing from it. Check --teacher-weights and the "
-        "order of classes (--class-list of dist-kd pack)"
-    )
 
 
 def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run, dict[str, Any]]:
@@ -270,28 +223,12 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             resumed_step=run.state.step if start.checkpoint else None,
             evaluated=run.state.evaluated_at == run.state.step,
         )
-    scores = tested = None
+    scored = None
     if plain_teachers:
         progress.at("teacher's score")
-        scores = score_teacher(config, runtime, teacher, evaluator, val, student_spec, stop.agreed)
-        if scores.complete and tester is not None:
-            tested = score_teacher(config, runtime, teacher, tester, test, student_spec, stop.agreed, "test")
-        if scores.complete and (tested is None or tested.complete):
-            values = scores.values("teacher")
-            note_unscored(run, scores.data, run.state.val_bad)
-            if tested is not None:
-                values |= tested.values("teacher/test")
-                note_unscored(run, tested.data, run.state.test.bad)
-            warning = teacher_warning(scores, train.spec.num_classes)
-            if warning:
-                say(warning)
-            if run.state.step == 0:
-                run.state.val_bad = scores.data.bad
-                run.state.test.bad = tested.data.bad if tested is not None else {}
-                run.tracker.log(values | {"teacher/classes": float(teacher.spec.num_classes)}, 0, kind="teacher")
+        scored = teacher_score.before_training(config, run, plain_teachers, sets, folder)
     if method.teacher_batch_norm:
         teacher.use_batch_statistics()  # after it was scored as it is used elsewhere
-    scored = (teacher.spec, scores, tested) if scores is not None else None
     return run, {"teacher": scored, "teacher_parameters": teacher_parameters, "train": train}
 
 

@@ -71,7 +71,7 @@ def test_agreement_with_the_remembered_teacher():
     student = LOGITS.clone()
     student[2] = student[2].roll(1)
     scores = evaluator(student, LABELS)
-    scores.share_answers(e)
+    scores.answers = e.answers
     result = scores.score(network)
     assert (result.agreements, result.compared) == (6, 7)
 

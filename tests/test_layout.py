@@ -29,7 +29,7 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F3b", {"run_folder", "sets", "updates"}),
     # the command line asks rooms for names only; it is below wiring, which writes the settings back through it
     ("F4", {"loop", "cli", "report", "world_digest", "out_of_memory", "first_failure"}),
-    ("F5", {"resume", "results", "sweep"}),
+    ("F5", {"resume", "results", "sweep", "teacher_score"}),
     ("F5b", {"wiring"}),
     ("F5c", {"lifetime", "doctor"}),
     ("F6", {"train", "commands"}),

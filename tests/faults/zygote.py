@@ -152,7 +152,7 @@ class Dying:
 
 def keep_ledger(path: str, at_step: dict[str, str], signals: list[list[str]]) -> None:
     """Writes `step ids` to `path` after each step; runs a shell command before a step, sends signals in phases."""
-    from dist_kd import checkpoint, loop, wiring
+    from dist_kd import checkpoint, loop, teacher_score, wiring
     from dist_kd.evaluation import Evaluator
 
     step, ids = loop._train_step, []
@@ -175,7 +175,7 @@ def keep_ledger(path: str, at_step: dict[str, str], signals: list[list[str]]) ->
     loop._train_step = recorded
     places = {
         "data": (wiring, "open_sets", 1),
-        "teacher": (wiring, "score_teacher", 1),
+        "teacher": (teacher_score, "score_teacher", 1),
         "step": (loop, "_train_step", 3),
         "evaluation": (Evaluator, "score", 2),  # the first is the teacher's
         "save": (checkpoint, "_write_files", 1),

@@ -17,8 +17,9 @@ from dist_kd.config import Config
 from dist_kd.runtime import start_runtime
 from dist_kd.sets import make_evaluator, open_split
 from dist_kd.teacher import Teacher
+from dist_kd.teacher_score import teacher_warning
 from dist_kd.train import main as train
-from dist_kd.wiring import build_student, build_teachers, teacher_warning
+from dist_kd.wiring import build_student, build_teachers
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ["--arch", "cnn_small", "--image-size", "8", "--batch-size", "32", "--workers", "0", "--cpu"]
