@@ -50,7 +50,7 @@ def record(world: World, folder: RunFolder, watch: Watchdog, step: int | None, e
         whose = {"rank": world.rank} if world.world_size > 1 else {}
     if world.is_main:
         # a refused start must not overwrite the status of the run that stands in this folder, or goes on in it
-        first = first and folder.lock.held and (folder.has_said or not (folder.path / "status.json").exists())
+        first = first and folder.lock.held and (folder.has_said or not os.path.exists(folder.path / "status.json"))
     if first:
         folder.status("failed", step=step, kind=kind, message=message, **whose)
     return error

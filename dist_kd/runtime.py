@@ -274,7 +274,7 @@ class StopRequests:
         # a network file system is asked at most four times a second
         if self._runtime.world.is_main and now >= self._next_look:
             self._next_look = now + 0.25
-            if self._file.exists():
+            if os.path.exists(self._file):  # unlike pathlib's, no error where the file system cannot say
                 self.reason = self.reason or "file STOP"
         return self.reason is not None
 

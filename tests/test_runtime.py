@@ -4,9 +4,16 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from dist.launching import launch
+
+from dist_kd.contracts import World
+from dist_kd.runtime import Runtime, StopRequests
+from dist_kd.watchdog import BEAT_S, Progress, Watchdog
 
 FAULTS = """
 import resource, sys, torch
@@ -38,6 +45,20 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(environment, keeps
     )
     # 60 blocks of 9,766 pages of 4 KiB; transparent huge pages would make it 60 x 19
     assert (int(done.stdout) < 100) == keeps, done.stdout
+
+
+def test_a_folder_that_cannot_be_looked_into_stops_nothing():
+    """A name that the file system refuses with an error of its own, as one that is away for a moment does."""
+    away = Path("x" * 300)
+    runtime = Runtime(None, World(), torch.device("cpu"), "no", "setting")
+    assert not StopRequests(runtime, away, None).agreed()
+    watch = Watchdog(away, World(), Progress(), 100, lambda sentence: None)
+    watch.start()
+    try:
+        time.sleep(2 * BEAT_S[0])
+        assert all(thread.is_alive() for thread in watch._threads)
+    finally:
+        watch.stop()
 
 
 REFUSED = """
