@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from dist_kd import stop_signals
 from dist_kd.config import Config
 from dist_kd.errors import DistKDError, one_line
 
@@ -113,6 +114,7 @@ def _end(process: Any) -> None:
 
 def _examined(check: Check, config: Config, facts: dict[str, Any], sender: Any) -> None:
     os.setsid()
+    stop_signals.PARENT = os.getppid()  # by now doctor itself: no launcher has gone
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_DFL)
     quiet = os.open(os.devnull, os.O_RDWR)
