@@ -110,6 +110,7 @@ class Feed:
         self._loader: DataLoader | None = None
         self._iterator: Any = None
         self._shared: Shared | None = None
+        self._death: DataError | None = None  # of a worker, which was raised somewhere
 
     def start(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Rows of the requests, in order; no request may be longer than the first.
@@ -141,6 +142,8 @@ class Feed:
                 generator=torch.Generator(),  # else it draws from torch's own, and so disturbs training
                 **several,
             )
+        if self._death is not None:
+            self._fail(self._death)
         signals = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the workers ignore them
         try:
             self._iterator = iter(self._loader)  # workers used again say first that they are there
@@ -156,6 +159,8 @@ class Feed:
 
     def _rows(self, iterator: Any) -> Iterator[Rows]:
         while True:
+            if self._death is not None:
+                self._fail(self._death)
             try:
                 rows = next(iterator)
             except StopIteration:
@@ -183,7 +188,7 @@ class Feed:
             late.join()
             atexit.unregister(self._kill_workers)
         self.running.discard(self)
-        self._requests = self._loader = self._iterator = self._shared = None
+        self._requests = self._loader = self._iterator = self._shared = self._death = None
 
     def _kill_workers(self) -> None:
         """End the workers at once: they ignore gentler signals, and Python would wait for them for ever."""
@@ -261,7 +266,11 @@ def _name_dead_workers() -> None:
         try:
             of_torch(number, frame)
         except RuntimeError as error:
-            raise _dead_worker(error) from None
+            died = _dead_worker(error)
+            # what runs just now may let no exception out, a tracker or a destructor: the next request says it again
+            for feed in list(Feed.running):
+                feed._death = died
+            raise died from None
 
     handler.names_dead_workers = True
     signal.signal(signal.SIGCHLD, handler)

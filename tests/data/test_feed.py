@@ -60,6 +60,29 @@ def test_a_worker_killed_while_the_main_process_computes(index, train):
     loader.close()
 
 
+@pytest.mark.parametrize("which", ["train", "evaluate"])
+def test_a_death_that_somebody_else_took_for_theirs(index, train, evaluate, which):
+    """It is raised wherever the main process is: a tracker, or a destructor, may let no exception out."""
+    loader = train(index, workers=2, timeout_s=60.0) if which == "train" else evaluate(index, workers=2, timeout_s=60.0)
+    begin = (lambda: loader.batches(0)) if which == "train" else loader.batches
+    batches = begin()
+    seen = [next(batches)] if which == "train" else list(batches)
+    assert seen
+    try:
+        os.kill(workers_of(loader)[1], signal.SIGKILL)
+        time.sleep(5)
+    except Exception as error:
+        assert "loader process died" in str(error)
+    else:
+        pytest.fail("nothing was raised")
+    start = time.monotonic()
+    with pytest.raises(DataError, match="loader process died"):
+        list(itertools.islice(batches if which == "train" else begin(), 50))
+    assert time.monotonic() - start < 20
+    loader.close()
+    assert next(iter(begin())) is not None  # the loader can be used again
+
+
 def test_a_killed_worker_seen_from_another_thread(index, train):
     """Signals reach the main thread only; elsewhere the time limit finds the death."""
     loader, found = train(index, workers=1, timeout_s=1.0), []
