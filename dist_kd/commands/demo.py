@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_kd.errors import DistKDError
+from dist_kd.commands.pack import count
+from dist_kd.errors import ConfigError, DistKDError
 
 # A student that must learn from few labelled images: ten of each digit, while its teacher has learnt from all 1,438.
 # The student alone and the distilled one get the same images, steps and settings. Chosen on a part of the training
@@ -28,6 +29,8 @@ STUDENT = ["--arch", "cnn_small", "--batch-size", "50", "--epochs", "200", "--mi
 STUDENT += ["--log-steps", "10", "--eval-steps", "100"]
 KD = ["--kd", "--T", "4", "--w", "0.9", "--teacher-arch", "cnn_medium"]
 INTERRUPT_AFTER = 0.55  # of the last distilled run's steps
+STEP_S = 600  # for one command; on two idle cores none takes a minute
+END_S = 60  # in which a command that was told to end has saved
 
 
 class DemoError(DistKDError):
@@ -44,9 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         "is downloaded; about two minutes on two CPU cores.",
     )
     parser.add_argument(
-        "--save-path", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo; emptied)"
+        "--save-path", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo; of a demo: emptied)"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="students of each kind (default: 3)")
+    parser.add_argument("--seeds", type=count, default=3, help="students of each kind (default: 3)")
     return parser
 
 
@@ -55,22 +58,14 @@ def _environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _start(words: list[str], log: Path) -> subprocess.Popen:
-    """Starts `dist-kd WORDS` with its output in `log`."""
-    print("  $ dist-kd " + " ".join(words), flush=True)
-    with log.open("a") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dist_kd.commands.main", *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-        )
-
-
 def _finish(process: subprocess.Popen, log: Path, expected: int = 0) -> None:
-    if process.wait(timeout=600) != expected:
-        tail = log.read_text().splitlines()[-15:]
-        raise DemoError(f"a step ended with exit code {process.returncode}; its last lines ({log}):", *tail)
+    try:
+        code = process.wait(timeout=STEP_S)
+    except subprocess.TimeoutExpired:
+        code = None
+    if code != expected:
+        how = f"did not end within {STEP_S} s" if code is None else f"ended with exit code {code}"
+        raise DemoError(f"a step {how}; its last lines ({log}):", *log.read_text().splitlines()[-15:])
 
 
 class Demo:
@@ -78,18 +73,55 @@ class Demo:
 
     def __init__(self, folder: Path, seeds: int) -> None:
         self.folder, self.seeds = folder, seeds
+        self._begun: list[subprocess.Popen] = []
+
+    def empty(self) -> None:
+        """Makes the folder anew. ConfigError if it holds anything but an earlier demo, or cannot be made."""
+        try:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                if not self.log("pack").is_file():
+                    raise ConfigError(
+                        f"--save-path `{self.folder}` would be emptied, and it is not an earlier demo that is in it; "
+                        "give a new folder"
+                    )
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--save-path `{self.folder}` cannot be emptied or made ({error.strerror}); give another folder"
+            ) from error
 
     def log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
+    def start(self, words: list[str], log: Path) -> subprocess.Popen:
+        """Starts `dist-kd WORDS` with its output in `log`."""
+        print("  $ dist-kd " + " ".join(words), flush=True)
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "dist_kd.commands.main", *words]
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=_environment())
+        self._begun.append(process)
+        return process
+
+    def end(self) -> None:
+        """Ends what still runs, which is something only after an error."""
+        running = [process for process in self._begun if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=END_S)
+            process.kill()
+            process.wait()
+
     def pack(self, name: str, *more: str) -> None:
-        _finish(_start(["pack", "digits", str(self.folder / name), *more], self.log("pack")), self.log("pack"))
+        _finish(self.start(["pack", "digits", str(self.folder / name), *more], self.log("pack")), self.log("pack"))
 
     def train(self, name: str, data: str, settings: list[str]) -> subprocess.Popen:
         val = str(self.folder / "digits" / "val")
         where = ["--data", str(self.folder / data), "--val-data", val, "--save-path", str(self.folder / name)]
         words = ["train", *settings, *COMMON, *where]
-        return _start(words, self.log(name))
+        return self.start(words, self.log(name))
 
     def student(self, kind: str, seed: int) -> subprocess.Popen:
         more = ["--no-kd"] if kind == "plain" else [*KD, "--teacher-weights", str(self.folder / "teacher")]
@@ -175,24 +207,31 @@ def table(scores: dict[str, list[dict[str, Any]]], sizes: dict[str, Any]) -> str
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    begun = time.monotonic()
     demo = Demo(args.save_path, args.seeds)
-    shutil.rmtree(demo.folder, ignore_errors=True)
-    demo.folder.mkdir(parents=True)
+    demo.empty()
+    try:
+        _show(demo)
+    finally:
+        demo.end()
+    return 0
+
+
+def _show(demo: Demo) -> None:
+    begun = time.monotonic()
     print("1. Pack scikit-learn's 1,797 handwritten digits into indexed shards: all, and ten of each to learn from")
     demo.pack("digits")
     demo.pack("few", "--limit-per-class", str(PER_CLASS))
     print("2. Train the teacher on all training digits", flush=True)
     _finish(demo.train("teacher", "digits", TEACHER), demo.log("teacher"))
-    print(f"3. Train the student on {10 * PER_CLASS} of them, alone and distilled, {args.seeds} seeds", flush=True)
-    for seed in range(args.seeds - 1):
+    print(f"3. Train the student on {10 * PER_CLASS} of them, alone and distilled, {demo.seeds} seeds", flush=True)
+    for seed in range(demo.seeds - 1):
         demo.run_pair(seed)
     print("4. The last pair; its distilled run is interrupted and resumed", flush=True)
-    demo.interrupt_and_resume(args.seeds - 1)
+    demo.interrupt_and_resume(demo.seeds - 1)
     print("5. Evaluate all from their exported folders", flush=True)
     runs = {
         "teacher": [demo.folder / "teacher"],
-        **{k: [demo.folder / f"{k}-{s}" for s in range(args.seeds)] for k in ("plain", "distilled")},
+        **{k: [demo.folder / f"{k}-{s}" for s in range(demo.seeds)] for k in ("plain", "distilled")},
     }
     scores = {kind: [_evaluate(run) for run in folders] for kind, folders in runs.items()}
     for kind, folders in runs.items():
@@ -209,7 +248,7 @@ def main(argv: list[str]) -> int:
     n = scores["teacher"][0]["samples"]
     ratio = sizes["teacher"]["parameters"] / sizes["student"]["parameters"]
     print(
-        f"\n{n} validation digits; +- is the standard deviation over {args.seeds} seeds; last epoch, nothing selected"
+        f"\n{n} validation digits; +- is the standard deviation over {demo.seeds} seeds; last epoch, nothing selected"
     )
     print(f"compression: {ratio:.1f}x fewer parameters")
     page = demo.folder / "report.html"
@@ -217,4 +256,3 @@ def main(argv: list[str]) -> int:
     print(f"report: {page}  ({time.monotonic() - begun:.0f} s in all)")
     top1 = {kind: [s["top1"] for s in found] for kind, found in scores.items()}
     print(gap_sentence(top1["plain"], top1["distilled"], top1["teacher"][0]))
-    return 0
