@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 
 import pytest
+from faults.ledger import Ledger
 from faults.zygote import NAMED, SMALL, free_port, pair
 from walks.training import assert_same, final_state
 
@@ -20,33 +21,6 @@ LAST, STEPS_AN_EPOCH = 11, 4  # 150 samples in batches of 32
 
 def words(run: Path, data: Path) -> list[str]:
     return [*SMALL, "--data", str(data), "--save-path", str(run)]
-
-
-class Ledger:
-    """What each start of a run has trained on."""
-
-    def __init__(self, where: Path) -> None:
-        self.where, self.starts = where, 0
-        where.mkdir(exist_ok=True)
-
-    def next(self, rank: int = 0) -> str:
-        self.starts += rank == 0
-        return str(self.where / f"{self.starts:02d}-{rank}")
-
-    def history(self, ranks: int = 1) -> dict[int, list[int]]:
-        """Step -> sample numbers of all ranks, of the starts whose steps count in the end: the last to make them."""
-        steps: dict[int, list[int]] = {}
-        for start in range(1, self.starts + 1):
-            theirs = []
-            for rank in range(ranks):
-                path = self.where / f"{start:02d}-{rank}"
-                lines = path.read_text().splitlines() if path.exists() else []
-                theirs.append({int(s): json.loads(ids) for s, ids in (line.split(" ", 1) for line in lines)})
-            # only what all ranks finished; a start goes on where a checkpoint stood, so none may leave a gap
-            for step in sorted(set.intersection(*(set(t) for t in theirs))):
-                assert step <= len(steps), f"start {start} left out steps before {step}"
-                steps[step] = [i for t in theirs for i in t[step]]
-        return steps
 
 
 def assert_nothing_lost_or_doubled(history: dict[int, list[int]]) -> None:
