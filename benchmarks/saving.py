@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=2, help="checkpoints that are kept (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--steps", type=int, default=3, help="before and behind each save (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--folder", type=Path, help="where to save; default: the folder for temporary files")
     parser.add_argument("--tiny", action="store_true", help="a small network: shows that it works")
     parser.add_argument("--json", type=Path)

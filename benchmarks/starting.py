@@ -52,8 +52,9 @@ class Case(NamedTuple):
     flags: tuple[str, ...]
 
 
+LARGE = ("--batch-size", "4", "--no-in-memory", "--teacher-eval-samples", "32")
 CASES = (
-    Case("large", "efficientnet_b0", "resnet152", "photographs", ("--batch-size", "4", "--no-in-memory", "--teacher-eval-samples", "32")),
+    Case("large", "efficientnet_b0", "resnet152", "photographs", LARGE),
     Case("small", "resnet20_cifar", "resnet56_cifar", "digits", ("--batch-size", "64", "--image-size", "32")),
 )
 TINY = (Case("tiny", "cnn_small", "cnn_medium", "digits", ("--batch-size", "16", "--image-size", "8")),)

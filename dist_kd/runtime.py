@@ -293,7 +293,7 @@ class StopRequests:
                 work, answer, most = before
                 work.wait()
                 asked, total = answer.tolist()
-            work = dist.all_reduce(question[0], group=self._runtime.cpu_group, async_op=True)
+            work = self._runtime.cpu_group.allreduce([question[0]])  # dist.all_reduce takes half as long again
             self._asked = (work, *question)
         progress.beat()
         if total > most:

@@ -61,6 +61,32 @@ def test_allocator(tmp_path):
     assert [len(found["seconds"][name]) for name in ("kept", "given back")] == [2, 2]
 
 
+def test_saving(tmp_path):
+    out = run("saving.py", "--tiny", "--json", str(tmp_path / "saving.json"))
+    assert "| save / step " in out and "| share of an interval of 300 s " in out
+    found = json.loads((tmp_path / "saving.json").read_text())
+    assert set(found["files"]) >= {"model.safetensors", "ema.safetensors", "optimizer.pt", "manifest.json"}
+    for number, save in enumerate(found["save"]):
+        parts = [seconds[number] for seconds in found["parts"].values()]
+        assert all(parts) and sum(parts) <= save  # each part is done, and none counted twice
+
+
+def test_starting(tmp_path):
+    out = run("starting.py", "--tiny", "--threads", "1", "--json", str(tmp_path / "starting.json"))
+    assert "tiny: cnn_medium teaches cnn_small" in out and "| imports " in out
+    found = json.loads((tmp_path / "starting.json").read_text())["tiny"]
+    for kind in ("new", "resumed"):
+        (one,) = found[kind]
+        assert sum(one["parts"].values()) == pytest.approx(one["whole"], abs=0.2)  # parts of nothing are left out
+
+
+def test_agreement(tmp_path):
+    out = run("agreement.py", "--tiny", "--json", str(tmp_path / "agreement.json"))
+    assert "Agreement on stops of 2 processes (gloo)" in out
+    found = json.loads((tmp_path / "agreement.json").read_text())
+    assert found["processes"] == 2 and len(found["look_ms"]) == 2 and min(found["look_ms"]) > 0
+
+
 def test_collect(tmp_path):
     from dist_kd.cli import parse
     from dist_kd.commands.pack import main as pack
