@@ -168,7 +168,8 @@ def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
             f"`{path}` is not of these networks ({type(error).__name__}: {' '.join(str(error).split())!s:.300}); give "
             "another checkpoint, or start anew with another --save_path"
         ) from None
-    chosen = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    # but for the rate, which is the step's: a start that takes no step saves what it has read
+    chosen = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(saved.optimizer["optimizer"])
         for group, own in zip(run.optimizer.param_groups, chosen, strict=True):

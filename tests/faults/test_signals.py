@@ -5,6 +5,7 @@ Bound: 60 s from the start, in which the signal comes, to the end; what is asked
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -91,6 +92,31 @@ def test_two_processes_of_which_one_is_asked(zygote, origin, tmp_path, phase):
     assert said["state"] == "preempted"
     assert saved(run)[0] == said["step"] <= STOPS[phase] + 1  # the answer of all ranks is one step old
     assert "Traceback" not in (tmp_path / "out1").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stop_in_the_last_evaluation(zygote, origin, tmp_path, undisturbed, processes):
+    """All steps are done, the scores are not: it is not called done, and the next start has only them to make."""
+    run = tmp_path / "run"
+
+    def jobs(signals):
+        job = {"words": words(run, origin), "out": str(tmp_path / "out")}
+        if processes == 1:
+            return [job | {"signals": signals}]
+        return pair(lambda rank: job | {"signals": signals if rank else []}, free_port())
+
+    asked = zygote.run(*jobs([["last evaluation", "SIGTERM"]]))
+    assert asked == [PREEMPTED] * processes, (tmp_path / "out").read_text()
+    assert (status(run)["state"], status(run)["step"], saved(run)[0]) == ("preempted", 11, 11)
+    assert not (run / "summary.json").exists()
+    assert final_state(run)["snapshot"].state.evaluated_at == 9
+    assert zygote.run(*jobs([])) == [0] * processes, (tmp_path / "out").read_text()
+    assert status(run)["state"] == "done" and (run / "summary.json").exists()
+    assert [start["step"] for start in json.loads((run / "run.json").read_text())["starts"]] == [0, 11]
+    ours = final_state(run)
+    assert (ours["snapshot"].state.evaluated_at, ours["lines"][-1]["kind"]) == (11, "val")
+    if processes == 1:
+        assert_same(ours, undisturbed)
 
 
 IMPORTING = """

@@ -178,6 +178,7 @@ def keep_ledger(path: str, at_step: dict[str, str], signals: list[list[str]]) ->
         "teacher": (teacher_score, "score_teacher", 1),
         "step": (loop, "_train_step", 3),
         "evaluation": (Evaluator, "score", 2),  # the first is the teacher's
+        "last evaluation": (Evaluator, "score", 5),  # of SMALL's steps 3, 6, 9 and 11
         "save": (checkpoint, "_write_files", 1),
     }
     for phase, name in signals:
