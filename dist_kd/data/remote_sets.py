@@ -6,6 +6,7 @@ the cache folder, under a name that follows from the URLs and what the index sai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,7 +14,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -126,10 +126,12 @@ def _fetched(folder: str, cache: ShardCache) -> Index | None:
     rows = read_small(f"{folder}/index.npy", NPY_HEADER_BYTES + count * ROW.itemsize)
     # what it says of places is not believed: names are those of neighbours, checked as of an index beside its shards
     facts = {name: value for name, value in facts.items() if name not in ("folder", "url")}
-    for left in _root().glob(f"{ASIDE}*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > LEFTOVER_S:
-            shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=_root()))
+    now = aside.stat().st_mtime  # by the file system's clock, which all who share the cache have in common
+    for left in _root().glob(f"{ASIDE}*"):  # by a process that was killed
+        with contextlib.suppress(FileNotFoundError):
+            if now - left.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(left, ignore_errors=True)
     try:
         (aside / "index.npy").write_bytes(rows)
         (aside / "index.json").write_text(json.dumps(facts))

@@ -149,7 +149,9 @@ class TarReader:
         if now.st_size != indexed:
             return f"it has {now.st_size} bytes where the index says {indexed}"
         # another file under the same name, or the same one written to: since it was first opened, or since the start
-        if _identity(now) != self._first_seen[shard] or max(now.st_mtime_ns, now.st_ctime_ns) > self._started:
+        # (written in the future: this clock or that of the file system is wrong, and says nothing)
+        written = max(now.st_mtime_ns, now.st_ctime_ns)
+        if _identity(now) != self._first_seen[shard] or self._started < written <= time.time_ns():
             return "its file is another one, or was written to, since this run began"
         return ""
 
