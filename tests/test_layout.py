@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,9 +30,9 @@ FLOORS: list[tuple[str, set[str]]] = [
     ("F3b", {"run_folder", "sets", "updates"}),
     # the command line asks rooms for names only; it is below wiring, which writes the settings back through it
     ("F4", {"loop", "cli", "report", "world_digest", "out_of_memory", "first_failure"}),
-    ("F5", {"resume", "results", "sweep", "teacher_score"}),
-    ("F5b", {"wiring"}),
-    ("F5c", {"lifetime", "doctor"}),
+    ("F4b", {"resume", "results", "sweep", "teacher_score"}),
+    ("F5", {"wiring"}),
+    ("F5b", {"lifetime", "doctor"}),
     ("F6", {"train", "commands"}),
 ]
 STOREY = {name: number for number, (_, names) in enumerate(FLOORS) for name in names}
@@ -122,6 +123,18 @@ def test_a_file_imports_from_lower_floors_only(path):
     here = room(name_of(path))
     assert here in STOREY, f"{path.name} stands on no floor: give it one in this test, and in dist_kd/README.md"
     assert breaches(path, here) == []
+
+
+def test_the_map_has_every_room_on_its_floor():
+    drawn, floor = {}, ""
+    for line in (PACKAGE / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("| F", "| |")):
+            _, number, rooms, *_ = line.split("|")
+            floor = number.strip() or floor
+            drawn |= dict.fromkeys(
+                (name.rstrip("/").removesuffix(".py") for name in re.findall("`(.+?)`", rooms)), floor
+            )
+    assert drawn == {name: floor[:2] for floor, names in FLOORS for name in names if name != "__init__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
