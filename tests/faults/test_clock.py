@@ -118,7 +118,9 @@ def test_one_rank_of_two_has_a_clock_that_is_wrong_and_is_set(zygote, astray, cl
     """A day behind, then ahead, then behind again: no rank is found to hang or to be slow, and the end is the same."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     clock.write_text(f"{-DAY_S}")
-    at_step = {str(k): f"sleep 1; echo {offset} > {clock}; sleep 1" for k, offset in ((3, DAY_S), (6, -DAY_S), (9, DAY_S))}
+    at_step = {
+        str(k): f"sleep 1; echo {offset} > {clock}; sleep 1" for k, offset in ((3, DAY_S), (6, -DAY_S), (9, DAY_S))
+    }
 
     def jobs(folder: Path, **of_rank_0) -> list[dict]:
         words = [*SMALL, "--data", str(origin), "--save-path", str(folder), "--hang-timeout", "8"]
