@@ -3,7 +3,9 @@
 #   launch/local.sh -- --arch efficientnet_b0 --teacher-arch resnet152 --kd --T 4 --w 0.9 --data SHARDS
 set -euo pipefail
 
-PROCESSES="${PROCESSES:-}" # default: one per GPU, or 1
+PROCESSES="${PROCESSES:-}"                  # default: one per GPU, or 1
+export PET_MAX_RESTARTS="${RESTARTS:-0}"    # how often torchrun starts all of them again, from the last checkpoint
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restart would look for processes of the one before (torch 2.15)
 
 [[ "${1:-}" == "--" ]] && shift
 if [[ -z "$PROCESSES" ]]; then

@@ -54,6 +54,19 @@ def test_no_head_node_is_said_at_once(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_local_script_lets_torchrun_restart_them(tmp_path):
+    """As tests/faults/test_rank_death.py does it; a torchrun of ours says what it was given."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$PET_MAX_RESTARTS $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $*"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    for variables, restarts in (({}, 0), ({"RESTARTS": "3"}, 3)):
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / "local.sh", "--", "--kd"], capture_output=True, text=True, timeout=20,
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2"} | variables, check=True,
+        )  # fmt: skip
+        given = "--nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 dist_kd/train.py --kd"
+        assert done.stdout == f"{restarts} 1 {given}\n"
+
+
 def left(run: Path, state: str | None, time: str = "t1", step: int = 0, **facts) -> Path:
     """A run folder as the trainer leaves it."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
