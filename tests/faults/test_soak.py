@@ -34,7 +34,7 @@ pytest.importorskip("wandb")
 pytest.importorskip("tensorboard")
 MINUTES = float(os.environ.get("DIST_KD_SOAK_MINUTES", "30"))
 SEED = int(os.environ.get("DIST_KD_SOAK_SEED", "1"))
-MOST_KB = 6000  # by which a run may grow after its first saves; leaked, one save in ten of this network is more
+MOST_KB = 6000  # by which a run may grow after its first saves; what one save in four holds here would be more
 slow = [pytest.mark.slow, pytest.mark.timeout(60 * MINUTES + 1200)]
 EVERY, KEPT = 2, 2  # steps between two saves, checkpoints
 OTHERS = re.compile("wandb|torchelastic")  # whose folders in TMPDIR stay if they are killed themselves
@@ -190,7 +190,6 @@ class Episode:
             job["words"] = [*self.place.words(self.run, self.total), *start.loading, *start.words]
         codes = self.place.make(jobs)
         (self.place.disk / "filler").unlink(missing_ok=True)
-        self.dark |= start.dark
         self.place.assert_nobody_left()
         said = Path(f"{out}-0").read_text()[-3000:]
         self.story[-1] += f" -> {codes}, {status(self.run)}"
@@ -212,6 +211,7 @@ class Episode:
         assert made == start.begin or begun[-1]["step"] == start.begin
         newest = next(iter(start.sound()), 0)
         assert newest >= start.begin
+        self.dark |= {step for step in start.dark if step <= newest}  # what comes after is trained, and said, again
         if polite:
             assert newest == made == json.loads((self.run / "status.json").read_text())["step"]
         else:  # a death in a save loses what that save was to keep; on a full disk nothing could be kept
@@ -300,8 +300,8 @@ echo $files $children $(awk '/^(VmRSS|Threads)/ {{print $2}}' /proc/$PPID/status
 @pytest.mark.parametrize(
     ("ranks", "total", "how"),
     [
-        pytest.param(1, 160, soaking.IN_MEMORY, marks=pytest.mark.timeout(200)),
-        pytest.param(2, 4000, [*soaking.BY_WORKERS, "--tensorboard"], marks=slow),
+        pytest.param(1, 140, soaking.IN_MEMORY, marks=pytest.mark.timeout(200)),
+        pytest.param(2, 2000, [*soaking.BY_WORKERS, "--tensorboard"], marks=slow),
     ],
     ids=["short", "long"],
 )
@@ -318,7 +318,7 @@ def test_memory_and_files_of_a_long_lived_run_stay_flat(place, tmp_path, ranks, 
             soaking.a_full_disk(start, step + 4)
         for rank in range(ranks):
             start.at(step + 10, rank, MEASURE.format(tmp_path / f"measured{rank}"))
-    assert place.make(jobs, limit=60 + total // 10) == [0] * ranks, (tmp_path / "out").read_text()[-3000:]
+    assert place.make(jobs, limit=60 + total) == [0] * ranks, (tmp_path / "out").read_text()[-3000:]
     assert json.loads((run / "run.json").read_text())["starts"][-1]["world_size"] == ranks
     for rank in range(ranks):
         lines = [list(map(int, line.split())) for line in (tmp_path / f"measured{rank}").read_text().splitlines()]
