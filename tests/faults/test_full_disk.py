@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,25 @@ def disk(tmp_path) -> Path:
     if done.returncode != 0:
         pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
     yield where
+    subprocess.run(["umount", "-l", str(where)], check=True, timeout=20)
+
+
+@pytest.fixture
+def quota(tmp_path) -> Path:
+    """A disk that can have a quota, which holds for root too; as yet it has none."""
+    where, image = tmp_path / "quota", tmp_path / "image"
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("a quota needs Debian's package btrfs-progs")
+    where.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    subprocess.run(["mkfs.btrfs", "--quiet", str(image)], check=True, capture_output=True, timeout=20)
+    done = subprocess.run(["mount", "-o", "loop", str(image), str(where)], capture_output=True, text=True, timeout=20)
+    if done.returncode != 0:
+        pytest.skip(f"mounting btrfs needs root, a loop device, and a kernel that knows it: {done.stderr.strip()}")
+    subprocess.run(["btrfs", "quota", "enable", str(where)], check=True, timeout=20)
+    subprocess.run(["btrfs", "subvolume", "create", str(where / "ours")], check=True, capture_output=True, timeout=20)
+    yield where / "ours"
     subprocess.run(["umount", "-l", str(where)], check=True, timeout=20)
 
 
@@ -88,6 +108,28 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves(zygote, origin, 
     assert zygote.run(job) == [0], out.read_text()
     ours = final_state(run)
     assert_same(ours | {"lines": []}, undisturbed | {"lines": []})
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_quota_that_is_used_up(zygote, origin, tmp_path, quota, undisturbed, raised):
+    """From step 3 on nothing fits. Raised before step 6, it cost two saves; else the third that fails is the last."""
+    run, out = quota / "run", tmp_path / "out"
+    # of the first folder with a quota of its own; asked of the disk, since asking there would need room there
+    limit = f"sync -f {quota}; btrfs qgroup limit {{}} 0/256 {quota.parent}"
+    at_step = {"2": limit.format("64K")} | ({"5": limit.format("none")} if raised else {})
+    codes = zygote.run({"words": words(run, origin), "at_step": at_step, "out": str(out)})
+    assert codes == [0 if raised else SaveError.exit_code], out.read_text()
+    said = warnings(out)
+    assert len(said) == 2, out.read_text()
+    for part in ("Disk quota exceeded", "the quota is used up: remove files, or have it raised", str(run)):
+        assert part in said[0]
+    if not raised:
+        assert checkpoint.find(run / "checkpoints")[0].name == checkpoint.folder_name(2)
+        subprocess.run(limit.format("none"), shell=True, check=True, timeout=20)
+        assert zygote.run({"words": words(run, origin), "out": str(out)}) == [0], out.read_text()
+    ours = final_state(run)
+    assert_same(ours | {"lines": []}, undisturbed | {"lines": []})
+    assert status(run)["state"] == "done"
 
 
 @pytest.mark.parametrize("how", ["stopped", "finished"])
