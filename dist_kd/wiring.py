@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -97,6 +98,13 @@ def prepare_teacher(config: Config, runtime: Runtime, networks: list, student_sp
 
 def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run, dict[str, Any]]:
     """The wired run, restored if there is something to resume, and the teacher's scores for the summary."""
+    with ExitStack() as undo:
+        built = _build_run(parsed, runtime, folder, undo)
+        undo.pop_all()  # it did not fail: closing all that is the caller's
+    return built
+
+
+def _build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder, undo: ExitStack) -> tuple[Run, dict[str, Any]]:
     config, say, progress = parsed.config, runtime.say, runtime.progress
     progress.at("sets")
     sets = open_sets(config, runtime)
@@ -154,6 +162,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
     progress.at("loaders")
     stop = StopRequests(runtime, folder.path, config.time_limit)
     stop.install()
+    undo.callback(stop.uninstall)
     evaluator = make_evaluator(config, runtime, val, student_spec, stop.agreed)
     tester = make_evaluator(config, runtime, test, student_spec, stop.agreed, ledger="test-") if test else None
     augment = config.augment or train.spec.augment
@@ -223,6 +232,7 @@ def build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder) -> tuple[Run,
             resumed_step=run.state.step if start.checkpoint else None,
             evaluated=run.state.evaluated_at == run.state.step,
         )
+        undo.callback(run.tracker.close, "failed")
     scored = None
     if plain_teachers:
         progress.at("teacher's score")

@@ -1,15 +1,18 @@
 """What the loop may not do: wait for the device between log points, or go on with a loss that is not finite."""
 
+import signal
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from walks.training import SETTINGS, train
 
-from dist_kd import checkpoint, loop
+from dist_kd import checkpoint, loop, wiring
 from dist_kd.cli import parse
-from dist_kd.errors import DivergedError
+from dist_kd.errors import DataError, DivergedError
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import start_runtime
+from dist_kd.tracking import NullTracker
 from dist_kd.wiring import build_run
 
 
@@ -91,6 +94,26 @@ def test_an_infinite_loss_with_finite_gradients_is_all_ranks_error(digits, tmp_p
     run.source.close()
     run.stop.uninstall()
     run.tracker.close("failed")
+
+
+def test_a_start_that_fails_gives_everything_back(digits, tmp_path, monkeypatch):
+    class Recording(NullTracker):
+        closed = ()
+
+        def close(self, status):
+            self.closed += (status,)
+
+    def fail(*_):
+        raise DataError("the validation set is damaged")
+
+    tracker, before = Recording(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(wiring, "open_tracker", lambda *_, **__: tracker)
+    monkeypatch.setattr(wiring.teacher_score, "before_training", fail)
+    parsed = parse([*SETTINGS, "--data", str(digits), "--save-path", str(tmp_path)], {})
+    with pytest.raises(DataError, match="is damaged"):
+        build_run(parsed, start_runtime(parsed.config), RunFolder(tmp_path))
+    assert tracker.closed == ("failed",)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_time_limit_stops_it(digits, tmp_path):
