@@ -131,7 +131,6 @@ def floor() -> float:
 def measure(case: Case, folder: Path, rounds: int) -> dict[str, list[Start]]:
     """Each round: a start in a new folder, and one that resumes it."""
     line, found = command(case, folder), {"new": [], "resumed": []}
-    floor()  # from now on what is imported is in the system's memory
     for number in range(rounds):
         for starts in found.values():
             starts.append(start([*line, "--save-path", str(folder / f"{case.name}-{number}")]))

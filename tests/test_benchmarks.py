@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 def run(script: str, *flags: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *flags], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, str(BENCHMARKS / script), *flags], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
