@@ -50,3 +50,25 @@ else:
     raise SystemExit("no error")
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+
+
+def test_a_disk_that_refuses_ends_it_with_one_error(tmp_path):
+    """TensorBoard raises the same object at each call then, with a longer and longer traceback: memory for good."""
+    code = """
+import resource, signal, sys, time
+from pathlib import Path
+from dist_kd.tracking.tensorboard import TensorboardTracker
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+tracker, errors = TensorboardTracker(Path(sys.argv[1])), 0
+for step in range(100):
+    try:
+        tracker.log({"train/loss": 1.0}, step)
+    except OSError:
+        errors += 1
+    tracker._writer and time.sleep(0.1)  # until its thread has met the limit
+tracker.close("done")
+print(errors)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "1\n", done.stderr
