@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_kd.errors import CheckpointError, SaveError
+from dist_kd.errors import CheckpointError, SaveError, says_memory_ran_out
 from dist_kd.models.weights import load_plain
 from dist_kd.train_state import TrainState, check, state_of
 
@@ -344,7 +344,10 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 
 
 def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
-    """The checkpoint's content. CheckpointError if a file cannot be read; verify first with `problem`."""
+    """The checkpoint's content. CheckpointError if a file cannot be read; verify first with `problem`.
+
+    Memory that runs out stays the error that it is: nothing is wrong with the files then.
+    """
     try:
         facts = read_facts(checkpoint)
         state = state_of(facts)
@@ -355,6 +358,8 @@ def load(checkpoint: Path, device: torch.device | str) -> Snapshot:
         tensors = {path.stem: load_file(path, device=str(device)) for path in paths}
         optimizer = load_plain(checkpoint / "optimizer.pt", device)
     except UNREADABLE as error:
+        if says_memory_ran_out(error):
+            raise
         why = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
         if isinstance(error, pickle.UnpicklingError):  # torch would tell how to run it all the same
             why = "optimizer.pt holds more than tensors and numbers: what could run code is not read"

@@ -11,6 +11,13 @@ DistKDError
   LostError         raised by first_failure: another rank ended, which ends this one (exit 8)
 """
 
+import re
+
+# torch's allocators (device, host), numpy's, cuBLAS's, the kernel's; the last where an error could not travel as it was
+MEMORY = re.compile(
+    r"out of memory|DefaultCPUAllocator|[Uu]nable to allocate|CUBLAS_STATUS_ALLOC_FAILED|[Cc]annot allocate memory|"
+    r"MemoryError"
+)
 LONGEST_MESSAGE = 1500  # characters; a path may have 4096
 MOST_LINES = 40  # problems told of at once
 
@@ -88,6 +95,11 @@ class OutOfMemoryError(DistKDError):
 
     exit_code = 9
     kind = "memory"
+
+
+def says_memory_ran_out(error: BaseException) -> bool:
+    """Whether an error is no fault of what was read or computed: there was not enough memory for it."""
+    return isinstance(error, MemoryError) or bool(MEMORY.search(str(error)))
 
 
 def printable(line: str) -> str:

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from dist_kd.config import Config
-from dist_kd.errors import OutOfMemoryError
+from dist_kd.errors import DistKDError, OutOfMemoryError, says_memory_ran_out
 from dist_kd.plan import micro_batch_of
 from dist_kd.runtime import Runtime
 
-# torch's allocators (device, host), numpy's, cuBLAS's; a plain MemoryError may say nothing at all
-SAID = re.compile(r"out of memory|DefaultCPUAllocator|[Uu]nable to allocate|CUBLAS_STATUS_ALLOC_FAILED")
 ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(\w+)|[Uu]nable to allocate ([\d.]+) (\w+)")
 
 
@@ -24,8 +22,8 @@ def told(config: Config, runtime: Runtime, run: Callable[[], Any]) -> Iterator[N
     """Whatever says meanwhile that memory ran out is raised as OutOfMemoryError. `run()` is the Run, None before."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not SAID.search(str(error)):
+    except Exception as error:
+        if isinstance(error, DistKDError) or not says_memory_ran_out(error):
             raise
         raise OutOfMemoryError(sentence(config, runtime, run(), error)) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_kd import checkpoint
 from dist_kd.config import Config
-from dist_kd.errors import CheckpointError, ConfigError
+from dist_kd.errors import CheckpointError, ConfigError, says_memory_ran_out
 from dist_kd.loop import Run
 from dist_kd.plan import micro_batch_of, world_sizes
 from dist_kd.run_folder import RunFolder
@@ -156,7 +156,10 @@ def _read(run: Run, path: Path) -> checkpoint.Snapshot:
 
 
 def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
-    """Networks, adapters and optimizer as saved. CheckpointError if they are of other shapes than these."""
+    """Networks, adapters and optimizer as saved. CheckpointError if they are of other shapes than these.
+
+    Memory that runs out stays the error that it is.
+    """
     try:
         run.student.load_state_dict(saved.tensors["model"])
         if "method" in saved.tensors:
@@ -164,6 +167,8 @@ def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
         if run.average is not None:
             run.average.network.load_state_dict(saved.tensors["ema"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        if says_memory_ran_out(error):
+            raise
         raise CheckpointError(
             f"`{path}` is not of these networks ({type(error).__name__}: {' '.join(str(error).split())!s:.300}); give "
             "another checkpoint, or start anew with another --save_path"
@@ -177,6 +182,8 @@ def _put_back(run: Run, saved: checkpoint.Snapshot, path: Path) -> None:
         if run.runtime.accelerator.scaler is not None and "scaler" in saved.optimizer:
             run.runtime.accelerator.scaler.load_state_dict(saved.optimizer["scaler"])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if says_memory_ran_out(error):
+            raise
         # --allow-changes lets --freeze and --head-lr through
         raise CheckpointError(
             f"the optimizer of `{path}` is for other parameters than learn now ({error!s:.300}); go on with the "

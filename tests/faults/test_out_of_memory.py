@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from dist_kd import out_of_memory
 from dist_kd.config import Config
 from dist_kd.contracts import World
 from dist_kd.errors import DistKDError, OutOfMemoryError
+from dist_kd.resume import _put_back
 from dist_kd.runtime import Runtime
 
 LIMIT = 240  # seconds for a start on a busy machine
@@ -76,6 +79,58 @@ def test_the_other_ranks_leave(tmp_path):
     assert time.monotonic() - seen[0] < LEFT
     assert status(run)["kind"] == "memory" and "the host of rank 1 ran out of memory" in status(run)["message"]
     assert "rank 1: memory error: " in said
+
+
+RESUMED = """
+import resource, sys, torch
+from pathlib import Path
+from dist_kd import checkpoint, out_of_memory
+from dist_kd.config import Config
+from dist_kd.contracts import World
+from dist_kd.runtime import Runtime
+from dist_kd.train_state import TrainState
+
+facts = {"settings": {}, "layout": dict.fromkeys(checkpoint.LAYOUT, 1), "data": "f"}
+large, small = torch.zeros(50_000_000), torch.ones(2)
+saved = []
+for step, model, optimizer in ((1, large, small), (2, small, large)):
+    content = checkpoint.Snapshot(TrainState(step=step), {"model": {"w": model}}, {"w": optimizer}, facts)
+    saved.append(checkpoint.save(Path(sys.argv[1]), content, keep=2))
+del large, content, model, optimizer
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (100 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+runtime = Runtime(None, World(), torch.device("cpu"), "no", "test")
+for where in saved:
+    try:
+        with out_of_memory.told(Config(), runtime, lambda: None):
+            checkpoint.load(where, "cpu")
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(tmp_path):
+    """The weights in the first, the optimizer in the second: 200 MB each, where 100 MiB more may be had."""
+    done = subprocess.run(
+        [sys.executable, "-c", RESUMED, str(tmp_path)], capture_output=True, text=True, timeout=LIMIT, check=True
+    )
+    first, second = done.stdout.splitlines()
+    ran_out = "OutOfMemoryError the host of rank 0 ran out of memory before the first step"
+    assert first.startswith(f"{ran_out}; ")
+    assert second.startswith(f"{ran_out}, when 0.19 GiB more were asked for; ")
+
+
+def test_networks_that_do_not_fit_are_not_called_others():
+    """As torch says it of a device, inside the sentence of the one that copies."""
+
+    def no_room(tensors):
+        raise RuntimeError("an exception occurred : ('CUDA out of memory. Tried to allocate 2.00 GiB.',)")
+
+    run = SimpleNamespace(student=SimpleNamespace(load_state_dict=no_room))
+    with pytest.raises(OutOfMemoryError) as caught, out_of_memory.told(Config(), runtime(), lambda: None):
+        _put_back(run, SimpleNamespace(tensors={"model": {}}), None)
+    assert "when 2.00 GiB more were asked for" in str(caught.value)
 
 
 def runtime(rank=0, ranks=1):
