@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_kd.errors import CheckpointError, SaveError, says_memory_ran_out
+from dist_kd.errors import CheckpointError, SaveError, printable, says_memory_ran_out
 from dist_kd.models.weights import load_plain
 from dist_kd.train_state import TrainState, check, state_of
 
@@ -202,16 +202,19 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     """Removes all but the newest `keep` up to `step` and the best. Only folders we wrote; links stay.
 
     A folder of a later step was passed over at the start, for what is wrong with it: it is left to be looked at.
+    Whatever goes wrong here is said at most: the new checkpoint stands.
     """
     kept = {folder_name(step), _pointer(folder, "best")}
-    ours = [p for n, p in _steps(folder) if n <= step and not p.is_symlink() and (p / "manifest.json").is_file()]
-    standing = [p for p in ours if not p.name.endswith(REPLACED)]
     try:
+        ours = [p for n, p in _steps(folder) if n <= step and not p.is_symlink() and (p / "manifest.json").is_file()]
+        standing = [p for p in ours if not p.name.endswith(REPLACED)]
         for path in [*(p for p in ours if p not in standing), *standing[keep:]]:
             if path.name not in kept:
                 _remove(path)
-    except OSError as error:
-        print(f"warning: an old checkpoint could not be removed ({error}); the new one stands", flush=True)
+    except (OSError, CheckpointError) as error:
+        with contextlib.suppress(OSError):  # a log on a full disk
+            line = f"warning: older checkpoints could not be removed ({error}); the new one of step {step} stands"
+            print(printable(line), flush=True)
     clean(folder)
 
 

@@ -67,7 +67,7 @@ class Updates:
             self._check_layout()
             self.optimizer.found_inf = found  # fused kernels change nothing where it is not 0
             self.optimizer.step()
-        elif self._most_pending == 1 and not found.tolist():  # RMSprop has no such kernel: there the device is waited for
+        elif not found.item():  # RMSprop has no such kernel: there the device is waited for
             self.optimizer.step()
         self.optimizer.zero_grad()
         if self._scaler is not None:

@@ -1,5 +1,7 @@
 """Checkpoints: complete and verified, or not used. Damage is real damage to real files."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -85,6 +87,29 @@ def test_the_same_step_again_replaces_it(tmp_path):
     found, refused = checkpoint.find(tmp_path)
     assert not refused
     assert checkpoint.load(found, "cpu").tensors["model"]["w"][1] == 2.0
+
+
+def test_a_good_save_is_not_undone_by_its_tidying_up(tmp_path, monkeypatch):
+    """Once it stands, its folder cannot be listed, as on a network file system that is away, and the log is full."""
+    checkpoint.save(tmp_path, snapshot(1), keep=1)
+    listdir, said = os.listdir, io.StringIO()
+
+    def away(folder="."):
+        if folder == tmp_path:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return listdir(folder)
+
+    with io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True) as full:
+        for step, log in ((2, said), (3, full)):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "listdir", away)
+                patch.setattr(sys, "stdout", log)
+                where = checkpoint.save(tmp_path, snapshot(step), keep=1)
+            assert checkpoint.find(tmp_path) == (where, [])
+    assert "warning: older checkpoints could not be removed" in said.getvalue()
+    assert os.strerror(errno.ESTALE) in said.getvalue() and "step 2 stands" in said.getvalue()
+    checkpoint.save(tmp_path, snapshot(4), keep=1)
+    assert [p.name for p in tmp_path.glob("step_*")] == [checkpoint.folder_name(4)]  # made up for
 
 
 def _flip(path):
