@@ -292,9 +292,11 @@ def _save(run: Run, *, must: bool) -> bool:
         run.failed_saves += 1
         if must or run.failed_saves == MOST_FAILED_SAVES:
             raise
+        best = run.state.best_step == run.state.step
         run.tracker.note(
             f"WARNING: {error}. Training goes on, and what it learns since the last checkpoint is lost if it ends; "
-            f"failed saves in a row: {run.failed_saves}, it stops at {MOST_FAILED_SAVES}"
+            + ("this is the best student so far, and it is not kept: `best` stays what it was; " if best else "")
+            + f"failed saves in a row: {run.failed_saves}, it stops at {MOST_FAILED_SAVES}"
         )
     run.meters.restart_clock()
     return not run.failed_saves

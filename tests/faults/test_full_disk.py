@@ -85,6 +85,8 @@ def test_a_full_disk_that_has_room_again_costs_nothing(zygote, origin, tmp_path,
     assert len(said) == 2, out.read_text()
     for part in ("No space left on device", "0.0 MB free", "free space there", "failed saves in a row: 1", str(run)):
         assert part in said[0]
+    # step 3 was evaluated, as the first and so the best; what it was is gone with the next step
+    assert ["`best` stays what it was" in line for line in said] == [True, False]
     # what happened to metrics.jsonl meanwhile is said too, and does not end the run
     ours = final_state(run)
     assert_same(ours | {"lines": []}, undisturbed | {"lines": []})
