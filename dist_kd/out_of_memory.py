@@ -19,13 +19,20 @@ ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(\w+)|[Uu]nable to allocate 
 
 @contextlib.contextmanager
 def told(config: Config, runtime: Runtime, run: Callable[[], Any]) -> Iterator[None]:
-    """Whatever says meanwhile that memory ran out is raised as OutOfMemoryError. `run()` is the Run, None before."""
+    """Whatever says meanwhile that memory ran out is raised as OutOfMemoryError. `run()` is the Run, None before.
+
+    What rank 0 met while all waited for it is told as rank 0's by all of them, which is once.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, DistKDError) or not says_memory_ran_out(error):
             raise
-        raise OutOfMemoryError(sentence(config, runtime, run(), error)) from error
+        alike = getattr(error, "alike", False)
+        whose = 0 if alike else runtime.world.rank
+        ours = OutOfMemoryError(sentence(config, runtime.world.world_size, whose, run(), error))
+        ours.alike = alike
+        raise ours from error
 
 
 def amount(error: BaseException) -> str:
@@ -44,11 +51,11 @@ def smaller(config: Config, world_size: int) -> int | None:
     return next((size for size in sizes if own % size == 0 and not (pairs and size % 2)), None)
 
 
-def sentence(config: Config, runtime: Runtime, run: Any, error: BaseException) -> str:
+def sentence(config: Config, world_size: int, rank: int, run: Any, error: BaseException) -> str:
     """Who, when, how much, for what, and the remedy."""
-    world, asked = runtime.world, amount(error)
+    asked = amount(error)
     of_device = isinstance(error, torch.OutOfMemoryError) or "CUBLAS" in str(error)
-    micro, size = micro_batch_of(config, world.world_size), smaller(config, world.world_size)
+    micro, size = micro_batch_of(config, world_size), smaller(config, world_size)
     side = run.student.spec.image_size if run else config.image_size
     images = f"{micro} images" + (f" of {side} x {side} pixels" if side else "")
     remedies = []
@@ -63,7 +70,7 @@ def sentence(config: Config, runtime: Runtime, run: Any, error: BaseException) -
     if not of_device:
         remedies.append("--no-in-memory and fewer --workers save memory of the host")
     return (
-        f"{'the GPU' if of_device else 'the host'} of rank {world.rank} ran out of memory "
+        f"{'the GPU' if of_device else 'the host'} of rank {rank} ran out of memory "
         f"{f'in step {run.state.step + 1}' if run else 'before the first step'}"
         f"{f', when {asked} more were asked for' if asked else ''}; a micro-batch is `{images}`: {'; '.join(remedies)}"
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_kd.config import Config
 from dist_kd.contracts import World
-from dist_kd.errors import ConfigError, DistKDError, printable
+from dist_kd.errors import ConfigError, printable
 from dist_kd.stop_signals import STOP_SIGNALS, noted, orphaned
 from dist_kd.watchdog import PATIENCE, Progress
 
@@ -74,7 +74,7 @@ class Runtime:
         return box[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0, gives all ranks its result, and raises its error on all of them."""
+        """Runs `action` on rank 0, gives all ranks its result, and raises its error on all of them, marked as `alike`."""
         outcome: tuple[Any, Exception | None] = (None, None)
         own: Exception | None = None
         if self.world.is_main:
@@ -85,8 +85,7 @@ class Runtime:
         result, error = self.broadcast(outcome)
         error = error if own is None else own
         if error is not None:
-            if isinstance(error, DistKDError):
-                error.alike = True
+            error.alike = True  # also one that is not ours: out_of_memory.py must know whose it is
             raise error
         return result
 

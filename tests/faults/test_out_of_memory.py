@@ -133,6 +133,35 @@ def test_networks_that_do_not_fit_are_not_called_others():
     assert "when 2.00 GiB more were asked for" in str(caught.value)
 
 
+OF_RANK_0 = """
+import numpy as np
+from dist_kd import out_of_memory
+from dist_kd.cli import parse
+from dist_kd.errors import OutOfMemoryError
+from dist_kd.runtime import start_runtime
+
+config = parse(["--data", "x", "--cpu"], {}).config
+runtime = start_runtime(config)
+assert runtime.world.world_size == 2
+try:
+    with out_of_memory.told(config, runtime, lambda: None):
+        runtime.on_main(lambda: np.empty(1 << 50, dtype=np.uint8))
+except OutOfMemoryError as error:
+    print(f"rank {runtime.world.rank}, alike {error.alike}: {error}\\n", end="", flush=True)
+runtime.barrier()
+runtime.close()
+"""
+
+
+@pytest.mark.timeout(2 * LIMIT)
+def test_what_rank_0_met_for_all_is_told_as_its_own(tmp_path):
+    script = tmp_path / "of_rank_0.py"
+    script.write_text(OF_RANK_0)
+    said = launch("torchrun", str(script), limit=LIMIT)
+    for rank in (0, 1):  # that they are alike makes one of them say it
+        assert f"rank {rank}, alike True: the host of rank 0 ran out of memory before the first step, when " in said
+
+
 def runtime(rank=0, ranks=1):
     return Runtime(None, World(rank, ranks, rank, ranks), torch.device("cpu"), "no", "test")
 
