@@ -25,6 +25,9 @@ BEAT_S = 15.0  # between two signs of life
 SILENT_S = 300.0  # well above what a network file system keeps a file's times in its cache for
 
 
+LARGEST_PID = 2**22  # that Linux gives
+
+
 def process_start(pid: int) -> str | None:
     """When a process of this machine began, in ticks since boot; "" if that cannot be known, None if there is none."""
     try:
@@ -68,7 +71,7 @@ def read(lock: Path) -> dict[str, Any]:
     try:
         with open(os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             content = json.load(file)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     except OSError as error:
         if error.errno != errno.ELOOP:
@@ -176,15 +179,17 @@ def who(holder: dict[str, Any]) -> str:
 
 def gone(holder: dict[str, Any], mine: dict[str, Any], silent: float) -> str | None:
     """Why the run that made this lock cannot be going on, or None if it may be."""
-    if holder.get("machine") == mine["machine"] and isinstance(holder.get("pid"), int):
+    # anybody who may write there may have written it: what is not of its kind says nothing
+    pid, restarts = (value if type(value) is int else 0 for value in (holder.get("pid"), holder.get("restarts")))
+    if holder.get("machine") == mine["machine"] and 0 < pid <= LARGEST_PID:
         # of this machine everything is known, also of a process that stands still
-        started = process_start(holder["pid"])
+        started = process_start(pid)
         if started is None:
             return "that process is gone"
         if started != holder.get("process_start") and started:
             return "that process is gone, and its number is another's"
         return None
-    if mine["job"] and holder.get("job") == mine["job"] and holder.get("restarts", 0) < mine["restarts"]:
+    if mine["job"] and holder.get("job") == mine["job"] and restarts < mine["restarts"]:
         return f"SLURM has requeued job {mine['job']} since"
     if silent > SILENT_S:
         return f"no sign of life for {silent:.0f} s"

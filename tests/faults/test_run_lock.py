@@ -220,6 +220,35 @@ def test_half_a_lock_is_held_until_it_was_silent(tmp_path):
     lock.release()
 
 
+FORGED = {
+    **{f"pid {pid}": {"pid": pid} for pid in (2**70, 2**31, 0, -1, True, "1", None, [1])},
+    **{f"restarts {count}": {"job": "88", "restarts": count} for count in ("0", None, [], 2**70, float("nan"))},
+    "host": {"host": {"a": "\x1b[2J"}, "time": [None], "process_start": 7},
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_lock_is_held_until_it_was_silent(tmp_path, monkeypatch, what):
+    """Whatever stands in it, it is no traceback, and no other process is asked about."""
+    monkeypatch.setenv("SLURM_JOB_ID", "88")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    there = {"machine": run_lock.machine()} if "pid" in FORGED[what] else {}
+    forged(tmp_path, **there | FORGED[what])
+    with pytest.raises(ConfigError, match="belongs to a run that goes on") as caught:
+        RunLock(tmp_path).take()
+    assert str(caught.value).isprintable()
+    forged(tmp_path, SILENT_S + 60, **there | FORGED[what])
+    lock = RunLock(tmp_path)
+    assert "no sign of life" in lock.take()
+    lock.release()
+
+
+def test_a_lock_nested_too_deeply_says_nothing(tmp_path):
+    (tmp_path / "lock").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="does not say whose"):
+        RunLock(tmp_path).take()
+
+
 def test_signs_of_life_are_given_by_the_file_systems_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
     lock = RunLock(tmp_path)
