@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dist_kd.config import Config
 from dist_kd.data.remote_urls import check_url
-from dist_kd.errors import ConfigError
+from dist_kd.errors import ConfigError, says_memory_ran_out
 
 OF_EVALUATION = ("device_batch_size", "mixed_precision", "channels_last")  # settings that a student's folder keeps
 
@@ -141,7 +141,16 @@ def _of_run(folder: Path, which: str) -> Subject:
     if type(classes) is not int or classes < 1:
         raise ConfigError(f"`{folder / 'run.json'}` does not say how many classes the run was trained on; restore it")
     network = models.build(config.arch, classes, "none", image_size=config.image_size)
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        if says_memory_ran_out(error):
+            raise
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"`{folder / 'config.yaml'}` names the network `{config.arch}`, which the checkpoint `{found}` is not of "
+            f"({why:.300}); restore config.yaml as the run left it"
+        ) from None
     precision = snapshot.facts["settings"]["mixed_precision"]
     return Subject(network, config.model_copy(update={"mixed_precision": precision}))
 

@@ -13,6 +13,7 @@ import pytest
 from dist.launching import launch
 
 from dist_kd.commands.evaluate import main as evaluate
+from dist_kd.commands.main import main as command
 from dist_kd.config import Config
 from dist_kd.runtime import start_runtime
 from dist_kd.sets import make_evaluator, open_split
@@ -79,6 +80,18 @@ def test_changed_settings_are_refused_by_name(digits, tmp_path, capsys):
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"  # the refused start changed nothing
     assert train([*words, "--resume", "never"]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_network_than_the_settings_name(digits, tmp_path, capsys):
+    assert train([*TINY, "--no-kd", "--max-steps", "1", "--data", str(digits), "--save-path", str(tmp_path)]) == 0
+    settings = tmp_path / "config.yaml"
+    text = settings.read_text()
+    assert text.count("cnn_small") == 1
+    settings.write_text(text.replace("cnn_small", "cnn_medium"))
+    capsys.readouterr()
+    assert command(["evaluate", str(tmp_path), "--checkpoint", "best", "--workers", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"`{settings}` names the network `cnn_medium`, which the checkpoint" in said and said.count("\n") == 1
 
 
 def test_refusals_before_anything_is_trained(digits, tmp_path, capsys):
