@@ -57,7 +57,12 @@ class Config(Experiment):
         le=1e6,
     )
     time_limit: float | None = setting(
-        None, "Stop with a checkpoint after this long.", group=RUN, result=False, unit="minutes", gt=0
+        None,
+        "Stop with a checkpoint this long after the start of the process; the step under way and the save come on top.",
+        group=RUN,
+        result=False,
+        unit="minutes",
+        gt=0,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None,

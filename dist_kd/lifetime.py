@@ -25,12 +25,13 @@ from dist_kd.wiring import build_run
 def run_training(parsed: Parsed, begun: float | None = None) -> int:
     """Trains as `parsed` says; the process's exit code. Every way to end is in status.json.
 
-    `begun`, by time.monotonic: since when this process has been getting ready, for the line that says how long it took.
+    `begun`, by time.monotonic: since when this process has been getting ready. A time limit counts from there, and a
+    line says how long it took.
     """
     config = parsed.config
     started = time.monotonic()
-    runtime = start_runtime(config)
-    runtime.progress.spent = {"imports": started - (begun or started), "processes": time.monotonic() - started}
+    runtime = start_runtime(config, started if begun is None else begun)
+    runtime.progress.spent = {"imports": started - runtime.begun, "processes": time.monotonic() - started}
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
     run: Run | None = None
     alike, told = False, None

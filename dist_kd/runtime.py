@@ -45,6 +45,7 @@ class Runtime:
     precision_origin: str
     cpu_group: Any = None  # gloo, for agreements that must not sync a GPU
     progress: Progress = field(default_factory=Progress)  # told before and after each wait for other ranks
+    begun: float = field(default_factory=time.monotonic)  # since when this process has been getting ready
 
     def say(self, line: str) -> None:
         """Prints one line, on rank 0 only."""
@@ -74,7 +75,7 @@ class Runtime:
         return box[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0, gives all ranks its result, and raises its error on all of them, marked as `alike`."""
+        """Runs `action` on rank 0, gives all ranks its result, or raises its error, marked as `alike`, on all of them."""
         outcome: tuple[Any, Exception | None] = (None, None)
         own: Exception | None = None
         if self.world.is_main:
@@ -185,8 +186,12 @@ def _leave_with_launcher() -> None:
     os._exit(1)
 
 
-def start_runtime(config: Config) -> Runtime:
-    """The runtime of this process; starts the process group if a launcher set one up."""
+def start_runtime(config: Config, begun: float | None = None) -> Runtime:
+    """The runtime of this process; starts the process group if a launcher set one up.
+
+    `begun`, by time.monotonic: since when this process has been getting ready (default: now).
+    """
+    begun = time.monotonic() if begun is None else begun
     if launched():
         if orphaned():
             raise ConfigError("the launcher that started this process is gone; nothing was done, start it again")
@@ -222,20 +227,21 @@ def start_runtime(config: Config) -> Runtime:
         group = dist.new_group(backend="gloo", timeout=longest_wait)
     # among several processes Accelerate numbers the CPU, which safetensors refuses
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")
-    return Runtime(accelerator, world, device, precision, origin, group)
+    return Runtime(accelerator, world, device, precision, origin, group, begun=begun)
 
 
 class StopRequests:
     """Signals, a STOP file, a time limit and too large a count end a run; ranks agree on it without a device sync.
 
     `agreed` is called once per step (and per round of any long loop) by every rank: it reads the answer to the
-    question asked one call before and asks the next one, so a reduction is never waited for.
+    question asked one call before and asks the next one, so a reduction is never waited for. The time limit is the
+    process's: a scheduler's clock runs while torch is imported, too.
     """
 
     def __init__(self, runtime: Runtime, run_dir: Path, time_limit_minutes: float | None) -> None:
         self._runtime = runtime
         self._file = run_dir / "STOP"
-        self._deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
+        self._deadline = None if time_limit_minutes is None else runtime.begun + 60 * time_limit_minutes
         self._next_look = 0.0
         self._launched = launched()
         self._asked: tuple[Any, Tensor, float] | None = None

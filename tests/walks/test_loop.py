@@ -1,15 +1,18 @@
 """What the loop may not do: wait for the device between log points, or go on with a loss that is not finite."""
 
 import signal
+import time
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from walks.training import SETTINGS, train
+from walks.training import SETTINGS, settings_without, status, train
 
 from dist_kd import checkpoint, loop, wiring
 from dist_kd.cli import parse
+from dist_kd.cli.exits import PREEMPTED
 from dist_kd.errors import DataError, DivergedError
+from dist_kd.lifetime import run_training
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import start_runtime
 from dist_kd.tracking import NullTracker
@@ -118,5 +121,11 @@ def test_a_start_that_fails_gives_everything_back(digits, tmp_path, monkeypatch)
 
 
 def test_a_time_limit_stops_it(digits, tmp_path):
-    assert train(tmp_path, digits, "--in-memory", "--workers", "0", "--time-limit", "0.0001") == "preempted"
-    assert train(tmp_path, digits, "--in-memory", "--workers", "0") == "done"
+    """It counts from the process's start, whatever building the run took; what has just begun goes on."""
+    words = ["--in-memory", "--workers", "0", "--max-steps", "2", "--time-limit", "59"]
+    settings = settings_without("--epochs")
+    parsed = parse([*settings, *words, "--data", str(digits), "--save-path", str(tmp_path)], {})
+    assert run_training(parsed, begun=time.monotonic() - 3600) == PREEMPTED
+    stopped = status(tmp_path)
+    assert (stopped["state"], stopped["step"], stopped["message"]) == ("preempted", 0, "time limit")
+    assert train(tmp_path, digits, *words, settings=settings) == "done"

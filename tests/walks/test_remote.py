@@ -159,7 +159,16 @@ def test_a_server_that_dies_ends_the_run_in_time_and_its_return_goes_on(served, 
     failed = status_of(run)
     assert (failed["state"], failed["kind"]) == ("failed", "data") and "answered 503" in failed["message"]
     server.always.clear()
-    launch("plain", "dist_kd/train.py", *words, "--time-limit", "0.03", expected=75, limit=90)
+
+    def stop_it(process) -> None:
+        deadline = time.monotonic() + 60
+        while latest.read_text() == last and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (run / "STOP").touch()
+
+    latest = run / "checkpoints" / "latest"
+    last = latest.read_text()
+    launch("plain", "dist_kd/train.py", *words, expected=75, limit=90, meanwhile=stop_it)
     assert status_of(run)["state"] == "preempted" and status_of(run)["step"] > failed["step"]
 
 
