@@ -5,6 +5,7 @@ Between them the run is built (wiring.py) and trained (loop.py). Whatever ends i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def run_training(parsed: Parsed, begun: float | None = None) -> int:
     runtime.progress.spent = {"imports": started - runtime.begun, "processes": time.monotonic() - started}
     folder = RunFolder(Path(config.save_path or Path("runs") / config.default_name))
     run: Run | None = None
-    alike, told = False, None
+    alike, told = False, None  # told: the error with which this process ends
 
     def hung(sentence: str) -> None:
         folder.status("failed", step=run.state.step if run else None, kind="hung", message=sentence)
@@ -76,14 +77,18 @@ def run_training(parsed: Parsed, begun: float | None = None) -> int:
             raise told from None
         raise
     finally:
-        folder.lock.release()
+        last = [folder.lock.release]
         if run is not None:
-            run.source.close()
+            last.append(run.source.close)
         if alike:
-            runtime.barrier()  # a launcher ends all others when the first is gone, and rank 0 has yet to say why
+            last.append(runtime.barrier)  # a launcher ends all others with the first, and rank 0 has yet to say why
         if run is not None:
-            run.stop.uninstall()
-        watch.stop()
+            last.append(run.stop.uninstall)
+        last.append(watch.stop)
+        # all are done, whichever fails; and one that fails takes no error's place
+        with contextlib.suppress(*([Exception] if told else [])), contextlib.ExitStack() as ending:
+            for step in reversed(last):
+                ending.callback(step)
         if told is not None and not alike and runtime.world.world_size > 1:
             leave(told)
     return _exit_code(outcome)

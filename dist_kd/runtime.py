@@ -75,7 +75,7 @@ class Runtime:
         return box[0]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0, gives all ranks its result, or raises its error, marked as `alike`, on all of them."""
+        """Runs `action` on rank 0: all ranks are given its result, or raise its error, marked as `alike`."""
         outcome: tuple[Any, Exception | None] = (None, None)
         own: Exception | None = None
         if self.world.is_main:

@@ -1,6 +1,7 @@
 """What the loop may not do: wait for the device between log points, or go on with a loss that is not finite."""
 
 import signal
+import threading
 import time
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from walks.training import SETTINGS, settings_without, status, train
 
-from dist_kd import checkpoint, loop, wiring
+from dist_kd import checkpoint, lifetime, loop, wiring
 from dist_kd.cli import parse
 from dist_kd.cli.exits import PREEMPTED
+from dist_kd.data.loader import TrainLoader
 from dist_kd.errors import DataError, DivergedError
-from dist_kd.lifetime import run_training
 from dist_kd.run_folder import RunFolder
 from dist_kd.runtime import start_runtime
 from dist_kd.tracking import NullTracker
@@ -120,12 +121,38 @@ def test_a_start_that_fails_gives_everything_back(digits, tmp_path, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("why", [DataError("the training set is damaged"), None])
+def test_an_end_that_fails_takes_no_errors_place_and_is_whole(digits, tmp_path, monkeypatch, why):
+    """The loaders cannot be closed: the error before that is told; without one, that is the error."""
+
+    def refuse(_):
+        raise OSError("a worker cannot be joined")
+
+    def fit(run):
+        if why is not None:
+            raise why
+        return "preempted"
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(TrainLoader, "close", refuse)
+    monkeypatch.setattr(lifetime, "fit", fit)
+    words = ["--in-memory", "--workers", "0", "--data", str(digits), "--save-path", str(tmp_path)]
+    with pytest.raises(DataError if why else OSError, match="is damaged" if why else "cannot be joined"):
+        lifetime.run_training(parse([*SETTINGS, *words], {}))
+    assert status(tmp_path)["state"] == ("failed" if why else "preempted")
+    assert not (tmp_path / "lock").exists() and signal.getsignal(signal.SIGTERM) is before
+    deadline = time.monotonic() + 60
+    while watching := [thread.name for thread in threading.enumerate() if thread.name.startswith("watchdog")]:
+        assert time.monotonic() < deadline, watching
+        time.sleep(0.05)
+
+
 def test_a_time_limit_stops_it(digits, tmp_path):
     """It counts from the process's start, whatever building the run took; what has just begun goes on."""
     words = ["--in-memory", "--workers", "0", "--max-steps", "2", "--time-limit", "59"]
     settings = settings_without("--epochs")
     parsed = parse([*settings, *words, "--data", str(digits), "--save-path", str(tmp_path)], {})
-    assert run_training(parsed, begun=time.monotonic() - 3600) == PREEMPTED
+    assert lifetime.run_training(parsed, begun=time.monotonic() - 3600) == PREEMPTED
     stopped = status(tmp_path)
     assert (stopped["state"], stopped["step"], stopped["message"]) == ("preempted", 0, "time limit")
     assert train(tmp_path, digits, *words, settings=settings) == "done"
