@@ -11,7 +11,7 @@ test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not slurm" -n 2
 
 test-long: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow" -n 2 --dist worksteal --durations=25
 
 test-slurm: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slurm" --durations=10
