@@ -132,7 +132,8 @@ def test_the_network_stays_as_it_was():
 
 
 def test_latency_of_both_in_turn():
-    result = compare(build("cnn_medium", 10), build("cnn_small", 10), 32, seconds=1.0)  # a busy machine stands still for less
+    seconds = 1.0  # a busy machine stands still for less
+    result = compare(build("cnn_medium", 10), build("cnn_small", 10), 32, seconds=seconds)
     for side in ("teacher", "student"):
         found = result[side]
         assert set(found["latency_ms"]) == {"1", "32"}
