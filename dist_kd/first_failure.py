@@ -45,8 +45,9 @@ def record(world: World, folder: RunFolder, watch: Watchdog, step: int | None, e
         if ours and error.alike:
             first = world.is_main
         else:
-            watch.say("failed", message)
+            # claimed before it is said: another rank that reads it would else be the first to write, and write "lost"
             first = (world.is_main or step is not None) and _claim(watch)
+            watch.say("failed", message)
         whose = {"rank": world.rank} if world.world_size > 1 else {}
     if world.is_main:
         # a refused start must not overwrite the status of the run that stands in this folder, or goes on in it

@@ -7,6 +7,12 @@ import pytest
 from faults.two_ranks import BOUND_S, LIMIT_S, STEPS, assert_same_end, start, trouble
 from walks.training import status
 
+from dist_kd import first_failure
+from dist_kd.contracts import World
+from dist_kd.errors import DataError
+from dist_kd.run_folder import RunFolder
+from dist_kd.watchdog import Progress, Watchdog
+
 pytestmark = pytest.mark.timeout(3 * LIMIT_S)
 slow = pytest.mark.slow
 
@@ -22,6 +28,22 @@ def test_the_error_of_the_first_rank_that_fails_is_told(origin, tmp_path):
     assert traceback < told
     assert "failed at step 11 (data): AssertionError: the trouble of this test" in end.said[told:]
     assert "Connection" not in end.said  # which is all that rank 0 met
+
+
+def test_who_says_that_it_failed_has_the_status_for_itself(tmp_path):
+    """The other rank looks for who failed all the time: between the word and the claim it wrote "lost"."""
+    said = []
+
+    class Other(Watchdog):
+        def say(self, state, message=""):
+            super().say(state, message)
+            said.append(first_failure._claim(self))
+
+    watch = Other(tmp_path, World(1, 2, 1, 2), Progress(), 100, lambda sentence: None)
+    watch.beats.mkdir()
+    first_failure.record(World(1, 2, 1, 2), RunFolder(tmp_path), watch, 7, DataError("a loader process died"))
+    assert said == [False]
+    assert status(tmp_path)["kind"] == "data"
 
 
 def test_a_rank_that_is_killed_is_named(origin, tmp_path):
