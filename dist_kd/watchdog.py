@@ -183,8 +183,9 @@ class Watchdog:
             # one tick that took long is one in which this whole process stood still
             self.silent_s = 0.0 if number != seen else self.silent_s + min(now - before, 2 * self.beat_s)
             seen, before = number, now
-            if self._late is not None:  # needs no interpreter: the stacks of code in C that does not let go of it
-                faulthandler.dump_traceback_later(self.limit_now_s, file=self._late)
+            if self._late is not None:  # needs no interpreter: the stacks of code in C that does not let go of it,
+                # for which nothing deserves patience; the other ranks' limit may be shorter a moment after this look
+                faulthandler.dump_traceback_later(self.limit_s, file=self._late)
             if self.silent_s >= self.limit_now_s or self._called.is_set():
                 self._end()
 
