@@ -16,7 +16,7 @@ import re
 # torch's allocators (device, host), numpy's, cuBLAS's, the kernel's; the last where an error could not travel as it was
 MEMORY = re.compile(
     r"out of memory|DefaultCPUAllocator|[Uu]nable to allocate|CUBLAS_STATUS_ALLOC_FAILED|[Cc]annot allocate memory|"
-    r"MemoryError"
+    r"MemoryError|could not create a primitive$"  # the last is how oneDNN says it
 )
 LONGEST_MESSAGE = 1500  # characters; a path may have 4096
 MOST_LINES = 40  # problems told of at once

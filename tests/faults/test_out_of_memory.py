@@ -14,7 +14,7 @@ from dist.launching import launch
 from dist_kd import out_of_memory
 from dist_kd.config import Config
 from dist_kd.contracts import World
-from dist_kd.errors import DistKDError, OutOfMemoryError
+from dist_kd.errors import DistKDError, OutOfMemoryError, says_memory_ran_out
 from dist_kd.resume import _put_back
 from dist_kd.runtime import Runtime
 
@@ -30,6 +30,19 @@ LITTLE = {"LITTLE_MEMORY": str(600 << 20), "LITTLE_MEMORY_RANK": "0"}  # a batch
 
 def status(run):
     return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("could not create a primitive", True),  # oneDNN, in a convolution on a CPU whose memory was limited
+        ("could not create a primitive descriptor for a convolution", False),  # there it is what was asked for
+        ("[enforce fail at alloc_cpu.cpp:133] data. DefaultCPUAllocator: can't allocate memory", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_what_says_that_memory_ran_out(words, memory):
+    assert says_memory_ran_out(RuntimeError(words)) is memory
 
 
 @pytest.mark.timeout(2 * LIMIT)
@@ -52,8 +65,8 @@ def test_a_host_without_memory_says_so_and_the_remedy_works(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2 * LIMIT)
 def test_a_smaller_micro_batch_fits(tmp_path):
-    """Half and half again: the same global batch in the same memory."""
-    words = [*TRAIN, "--save-path", str(tmp_path / "run"), "--device-batch-size", str(BATCH // 8)]
+    """Half and half again, as it says each time: the same global batch in the same memory."""
+    words = [*TRAIN, "--save-path", str(tmp_path / "run"), "--device-batch-size", str(BATCH // 16)]
     launch("plain", *words, expected=0, limit=LIMIT, variables=LITTLE)
     assert status(tmp_path / "run")["state"] == "done"
 
