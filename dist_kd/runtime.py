@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_kd.config import Config
 from dist_kd.contracts import World
-from dist_kd.errors import ConfigError, printable
+from dist_kd.errors import ConfigError, LostError, printable
 from dist_kd.stop_signals import STOP_SIGNALS, noted, orphaned
 from dist_kd.watchdog import PATIENCE, Progress
 
@@ -206,7 +206,15 @@ def start_runtime(config: Config, begun: float | None = None) -> Runtime:
         accelerate.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         accelerate.InitProcessGroupKwargs(timeout=longest_wait),
     ]
-    accelerator = accelerate.Accelerator(cpu=config.cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    try:
+        accelerator = accelerate.Accelerator(cpu=config.cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostError(
+            f"the processes did not find each other at `{place}` (MASTER_ADDR and MASTER_PORT, by the launcher): "
+            f"{str(error).splitlines()[0]}; see that this name leads to the first machine and that the port is free "
+            "there, or launch with another port"
+        ) from error
     accelerator.gradient_accumulation_steps = 1
     world = World(
         rank=accelerator.process_index,

@@ -108,3 +108,27 @@ def test_the_files_of_accelerate(odd_digits, tmp_path, one_process, file, here):
     words = ["-m", "accelerate.commands.launch", *command[2:], *here, *TRAINING]
     launch("plain", *words, "--data", str(odd_digits), "--save-path", str(tmp_path))
     assert_two_gave(tmp_path, one_process)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_meeting_place_that_is_none_is_named(tmp_path, rank):
+    """Rank 0 finds its port in use, at once; rank 1 nobody there, by the limit of a wait (here 6 s)."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        if rank == 0:
+            taken.listen()
+        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        script = tmp_path / "start.py"
+        script.write_text(
+            "import sys\nfrom dist_kd import runtime\nfrom dist_kd.train import main\n"
+            "runtime.GROUP_SLACK_S = 2.0\nsys.exit(main())\n"
+        )
+        said = launch(
+            "plain", str(script), *TRAINING[1:], "--data", "digits", "--save-path", str(tmp_path / "run"),
+            "--hang-timeout", "1", expected=8, variables=world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )  # fmt: skip
+    assert f"the processes did not find each other at `127.0.0.1:{port}` (MASTER_ADDR and MASTER_PORT" in said
+    assert ("address already in use" in said) == (rank == 0)
+    assert said.count("lost error: ") == 1 and "Traceback" not in said and not (tmp_path / "run").exists()
