@@ -23,8 +23,6 @@ from dist_kd.errors import ConfigError
 
 BEAT_S = 15.0  # between two signs of life
 SILENT_S = 300.0  # well above what a network file system keeps a file's times in its cache for
-
-
 LARGEST_PID = 2**22  # that Linux gives
 
 

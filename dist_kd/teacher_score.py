@@ -100,6 +100,7 @@ def score_teacher(
 
 
 def teacher_line(spec: NetworkSpec, scores: Scores, split: str) -> str:
+    """The teacher's hits on a set, as a run says them."""
     n = scores.samples
     return (
         f"teacher  {spec.arch} on {n} {split} samples: top-1 {scores.top1_hits}/{n} = "
