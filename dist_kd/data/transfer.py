@@ -84,7 +84,7 @@ class Stream:
     def __init__(self, source: Iterator[Head | bytes], url: str, limits: Limits, deadline: float):
         self._url, self._limits, self._deadline = url, limits, deadline
         self._queue: queue.Queue = queue.Queue(WAITING_CHUNKS)
-        self._closed = threading.Event()
+        self._closed, self._wanted = threading.Event(), threading.Event()
         threading.Thread(target=self._receive, args=(source,), daemon=True, name="dist_kd-remote").start()
         try:
             self.head: Head = self._take()
@@ -100,8 +100,10 @@ class Stream:
 
     def close(self) -> None:
         self._closed.set()
+        self._wanted.set()
 
     def __iter__(self) -> Iterator[bytes]:
+        self._wanted.set()
         while (chunk := self._take()) is not None:
             yield chunk
 
@@ -121,12 +123,17 @@ class Stream:
     def _receive(self, source: Iterator[Head | bytes]) -> None:
         try:
             for item in source:
-                if not self._put(item):
+                if not self._put(item) or not self._asked_for_more():
                     source.close()
                     return
             self._put(None)
         except BaseException as error:  # belongs to whoever reads the stream
             self._put(error)
+
+    def _asked_for_more(self) -> bool:
+        """After the head: whoever finds there what the disk already has closes the stream, and no byte is fetched."""
+        self._wanted.wait()
+        return not self._closed.is_set()
 
     def _put(self, item: object) -> bool:
         while not self._closed.is_set():

@@ -209,6 +209,7 @@ class Wire:
 
     def __init__(self, port: int, most: int | None = None):
         self.passed, self._most, self._port = 0, most, port
+        self._closed, self._lock = False, threading.Lock()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._open = [self._listening]
         self.port = self._listening.getsockname()[1]
@@ -218,6 +219,8 @@ class Wire:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        with self._lock:  # a connection that is accepted from now on closes itself
+            self._closed = True
         for one in self._open:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -231,7 +234,12 @@ class Wire:
             while True:
                 here, _ = self._listening.accept()
                 there = socket.create_connection(("127.0.0.1", self._port))
-                self._open += [here, there]
+                with self._lock:
+                    if self._closed:
+                        here.close()
+                        there.close()
+                        return
+                    self._open += [here, there]
                 self._start(self._relay, here, there, False)
                 self._start(self._relay, there, here, True)
 

@@ -23,7 +23,7 @@ from dist_kd.data.shard_cache import ShardCache
 from dist_kd.data.tar_scan import ROW
 from dist_kd.errors import ConfigError, DataError
 
-QUICK = Limits(connect_s=2, idle_s=2, attempts=2, pause_s=0.05, longest_pause_s=0.1)
+QUICK = Limits(connect_s=5, idle_s=5, attempts=2, pause_s=0.05, longest_pause_s=0.1)
 
 # which shards are next
 
@@ -174,6 +174,7 @@ def test_what_is_wanted_is_waited_for(shelf, monkeypatch, caplog):
     ahead = FetchAhead(shelf, plan(), 2)
     reached = threading.Thread(target=ahead.reach, args=(0,), daemon=True)
     reached.start()
+    until(lambda: ahead._passed == 1)  # its clock runs from before this
     time.sleep(0.05)
     assert reached.is_alive()
     shelf.go.set()

@@ -23,6 +23,7 @@ from dist_kd.data.remote import (
     shown,
 )
 from dist_kd.data.remote_urls import check_url
+from dist_kd.data.transfer import Head, Stream
 from dist_kd.errors import ConfigError, DataError
 
 CANARY = "k4n4ry"
@@ -181,6 +182,21 @@ def test_a_time_limit_holds_while_bytes_still_come(server):
         time.sleep(1.1)
         with pytest.raises(TryAgain, match="did not come in time"):
             next(chunks)  # the thread has some ready
+
+
+def test_no_byte_is_fetched_before_one_is_asked_for():
+    taken = []
+
+    def source():
+        for item in (Head(2, 0, "v1"), b"a", b"b"):
+            taken.append(item)
+            yield item
+
+    with Stream(source(), "https://host/a.tar", Limits(), time.monotonic() + 10) as stream:
+        assert stream.head.version == "v1"
+        time.sleep(0.1)  # a thread that would read ahead has long begun
+        assert taken == [stream.head]
+        assert list(stream) == [b"a", b"b"]
 
 
 def test_credentials_come_from_netrc(server, tmp_path, monkeypatch):

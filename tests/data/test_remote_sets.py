@@ -15,7 +15,7 @@ from dist_kd.data.shard_cache import ShardCache
 from dist_kd.data.survey import build_index
 from dist_kd.errors import ConfigError, DataError
 
-QUICK = Limits(connect_s=2, idle_s=2, attempts=2, pause_s=0.05, longest_pause_s=0.1)
+QUICK = Limits(connect_s=5, idle_s=5, attempts=2, pause_s=0.05, longest_pause_s=0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from data.bad_server import BadServer, body, chunked, cut, stall, status, trickle, well
-from data.node_cache import GOOD, OTHER, QUICK, SHARD, SIZE, fetch, left, within
+from data.node_cache import GOOD, OTHER, QUICK, SHARD, SHORT_SILENCE, SIZE, fetch, left, within
 
 from dist_kd.data.remote import Forbidden, NotThere
 from dist_kd.data.shard_cache import cache_folder
@@ -34,6 +34,8 @@ CURED = {
 def test_trouble_that_passes_is_overcome(case, server, cache):
     answers, offsets = CURED[case]
     server.first["a.tar"] = list(answers)
+    if case == "stalled once":
+        cache = replace(cache, limits=SHORT_SILENCE)
     with within(15):
         if offsets is None:  # another size than the index states: final, since waiting does not cure it
             with pytest.raises(DataError, match="has 300009 bytes, but its index states 300000"):
@@ -81,7 +83,7 @@ def test_trouble_that_does_not_pass_is_a_sentence_in_time(case, server, cache):
     answer, words, kind, requests = FINAL[case]
     server.always["a.tar"] = answer
     with within(15), pytest.raises(DataError, match=words) as caught:
-        fetch(cache, server.url("a.tar"))
+        fetch(replace(cache, limits=SHORT_SILENCE), server.url("a.tar"))
     assert type(caught.value) is kind and len(server.asked) <= requests
     assert "127.0.0.1" in str(caught.value)
     assert left(cache) in ([], [".json", ".part"])  # bytes that came stay for the next attempt
