@@ -311,8 +311,9 @@ class StopRequests:
         progress.beat()
         if total > most:
             self.exceeded = total
-        if asked:
-            self.reason = self.reason or "another rank was asked to stop"
+        if asked:  # the same on all ranks, so that all come here
+            told = enumerate(self._runtime.gather(self.reason))
+            self.reason = self.reason or next(f"{reason} on rank {rank}" for rank, reason in told if reason)
         return bool(asked or self.exceeded)
 
     def settle(self) -> None:

@@ -76,6 +76,7 @@ def test_a_killed_torchrun_leaves_no_process(origin, tmp_path):
         for pid in filter(alive, below):
             os.kill(pid, signal.SIGKILL)
     said = status(run)
-    assert (said["state"], said["message"]) == ("preempted", "the launcher is gone"), (tmp_path / "out").read_text()
+    seen = ("the launcher is gone", "the launcher is gone on rank 1")  # whichever process looked first
+    assert said["state"] == "preempted" and said["message"] in seen, (tmp_path / "out").read_text()
     found, refused = checkpoint.find(run / "checkpoints")
     assert (found.name, refused) == (checkpoint.folder_name(said["step"]), [])

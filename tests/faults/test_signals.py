@@ -89,7 +89,8 @@ def test_two_processes_of_which_one_is_asked(zygote, origin, tmp_path, phase):
 
     assert zygote.run(*pair(job, free_port())) == [PREEMPTED] * 2, (tmp_path / "out0").read_text()
     said = status(run)
-    assert said["state"] == "preempted"
+    asked_of = "signal SIGTERM" + ("" if phase == "save" else " on rank 1")
+    assert (said["state"], said["message"]) == ("preempted", asked_of)
     assert saved(run)[0] == said["step"] <= STOPS[phase] + 1  # the answer of all ranks is one step old
     assert "Traceback" not in (tmp_path / "out1").read_text()
 
