@@ -36,7 +36,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
     if teacher:
         teacher = teacher | {"weights": Path(teacher["weights"]).name}
     return {
-        "run": run.name,
+        "run": run.path.name,
         "settings": chosen(run),
         "formula": run.summary.get("formula"),
         "parameters": run.run.get("parameters"),
@@ -52,6 +52,31 @@ def summary(run: RunRecord) -> dict[str, Any]:
     }  # fmt: skip
 
 
+PANELS = {  # title -> metric
+    "Training top-1 (%)": "train/top1",
+    "Test top-1 (%)": "test/top1",
+    "Training loss, each by its own formula": "train/loss",
+    "Test loss, cross-entropy": "test/loss",
+}
+
+
+def draw(records: list[RunRecord], target: Path) -> None:
+    """Accuracy and loss of the runs by epoch, as an SVG that a page of the docs can show."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
+        for record in records:
+            lines = [line for line in record.of_kind("val" if key.startswith("test/") else "train") if key in line]
+            places = [line["step"] * (record.epochs_per_step or 1) for line in lines]
+            axes.plot(places, [line[key] for line in lines], label=record.path.name, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(target, metadata={"Date": None})
+
+
 def cell(found: Spread | None) -> str:
     if found is None:
         return "-"
@@ -62,6 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--to", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--curves", type=Path, help="an SVG of accuracy and loss by epoch")
     args = parser.parse_args()
     records = [read_run(path) for path in args.runs]
     for record in records:
@@ -82,6 +108,8 @@ def main() -> int:
         )
     head = ["runs", "seeds", "epochs", "test, last", "test, chosen", "test, highest", "val, last", "seconds"]
     print(paired.table(head, rows))
+    if args.curves:
+        draw(records, args.curves)
     args.to.parent.mkdir(parents=True, exist_ok=True)
     args.to.write_text(json.dumps([summary(record) for record in records], indent=1) + "\n")
     return 0
