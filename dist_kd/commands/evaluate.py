@@ -90,10 +90,13 @@ def main(argv: list[str]) -> int:
         )
     import torch
 
-    network = network.to(runtime.device)
-    if config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    scores = make_evaluator(config, runtime, index, network.spec).score(network.eval())
+    from dist_kd import out_of_memory
+
+    with out_of_memory.told_of_scoring(config, runtime, network.spec):
+        network = network.to(runtime.device)
+        if config.channels_last:
+            network = network.to(memory_format=torch.channels_last)
+        scores = make_evaluator(config, runtime, index, network.spec).score(network.eval())
     n = scores.samples
     result = {
         "what": args.what,

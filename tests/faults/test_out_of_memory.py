@@ -23,8 +23,9 @@ LIMIT = 240  # seconds for a start on a busy machine
 LEFT = 90  # seconds in which all other ranks are gone; 30 of them are the launcher's patience
 BATCH = 512
 TRAIN = [
-    "tests/faults/little_memory.py", "--data", "digits", "--arch", "cnn_small", "--no-kd", "--image-size", "64",
-    "--batch-size", str(BATCH), "--max-steps", "2", "--eval-steps", "100", "--mixed-precision", "no", "--cpu",
+    "tests/faults/little_memory.py", "train", "--data", "digits", "--arch", "cnn_small", "--no-kd",
+    "--image-size", "64", "--batch-size", str(BATCH), "--max-steps", "2", "--eval-steps", "100",
+    "--mixed-precision", "no", "--cpu",
 ]  # fmt: skip
 LITTLE = {"LITTLE_MEMORY": str(600 << 20), "LITTLE_MEMORY_RANK": "0"}  # a batch of 512 takes more than a GiB
 
@@ -78,6 +79,20 @@ def test_what_it_says_leads_to_a_batch_that_fits(tmp_path):
             assert status(run)["kind"] == "memory", said
             size = int(re.search(r"give --device-batch-size (\d+)", status(run)["message"])[1])
     assert sizes == [BATCH >> k for k in range(len(sizes))] and len(sizes) > 1
+
+
+@pytest.mark.timeout(3 * LIMIT)
+def test_a_network_whose_scoring_does_not_fit_is_told_so_and_the_remedy_works(tmp_path):
+    run, little = tmp_path / "run", {**LITTLE, "LITTLE_MEMORY": str(100 << 20)}
+    launch("plain", *TRAIN, "--save-path", str(run), "--device-batch-size", "32", variables=LITTLE, limit=LIMIT)
+    score = ["tests/faults/little_memory.py", "evaluate", str(run), "--workers", "0", "--device-batch-size"]
+    said = launch("plain", *score, "256", expected=9, limit=LIMIT, variables=little)
+    assert re.fullmatch(
+        r"memory error: the host of rank 0 ran out of memory while cnn_small was scored(, when .* more were asked for)?"
+        r"; a batch is `256 images of 64 x 64 pixels`: give --device-batch-size 128; fewer --workers .*\n",
+        said,
+    )
+    assert "on 359 samples" in launch("plain", *score, "16", limit=LIMIT, variables=little)
 
 
 @pytest.mark.slow
