@@ -150,9 +150,9 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         _sync(folder)
         write_atomically(folder / "latest", final.name + "\n")
         # also if it was saved earlier, by a process that died before it could say so
-        best = folder_name(max(0, snapshot.state.best_step))
-        if (folder / best / "manifest.json").is_file() and snapshot.state.best_step >= 0:
-            write_atomically(folder / "best", best + "\n")
+        best = snapshot.state.best_step
+        if best >= 0 and holds(folder, best):
+            write_atomically(folder / "best", folder_name(best) + "\n")
     _prune(folder, step, keep)
     return final
 
@@ -329,6 +329,11 @@ def resolve(text: str) -> Path:
             f"RUN/checkpoints/{folder_name(500)}"
         )
     return found
+
+
+def holds(folder: Path, step: int) -> bool:
+    """Whether a whole checkpoint of `step` is there; its files are not looked at."""
+    return (folder / folder_name(step) / "manifest.json").is_file()
 
 
 def best_of(folder: Path) -> Path | None:

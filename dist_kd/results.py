@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dist_kd import compression, models
+from dist_kd import checkpoint, compression, models
 from dist_kd.config import Config
 from dist_kd.evaluation import Scores
 from dist_kd.loop import Run
@@ -123,6 +123,7 @@ def summary(
     """summary.json: the last evaluation is the result; the best is named as what it is."""
     state = run.state
     best = state.best | {"evaluations": state.evaluations, "note": "chosen on the validation set by its own top-1"}
+    best["kept"] = state.best_step >= 0 and checkpoint.holds(run.folder, state.best_step)  # false: its save was refused
     student = {"arch": run.student.spec.arch, "last": state.last, "best": best, "averaged": run.average is not None}
     if run.tester is not None and state.test.evaluations:
         student["test"] = third_set_figures(state.test)

@@ -94,6 +94,17 @@ def test_a_full_disk_that_has_room_again_costs_nothing(zygote, origin, tmp_path,
     assert status(run)["state"] == "done"
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_a_best_student_that_could_not_be_saved_is_not_said_to_be_kept(zygote, origin, tmp_path, disk, full):
+    """Of the evaluations after steps 3, 6, 9 and 11, that of step 9 is the best."""
+    run, out = disk / "run", tmp_path / "out"
+    at_step = {"8": FILL.format(disk), "10": f"rm {disk}/filler"} if full else {}
+    assert zygote.run({"words": words(run, origin), "at_step": at_step, "out": str(out)}) == [0], out.read_text()
+    best = json.loads((run / "summary.json").read_text())["student"]["best"]
+    assert (best["step"], best["kept"]) == (9, not full), out.read_text()
+    assert (checkpoint.best_of(run / "checkpoints").name == checkpoint.folder_name(9)) is not full
+
+
 def test_a_disk_that_stays_full_stops_the_run_after_three_saves(zygote, origin, tmp_path, disk, undisturbed):
     run, out = disk / "run", tmp_path / "out"
     job = {"words": words(run, origin), "out": str(out)}
