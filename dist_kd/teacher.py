@@ -90,9 +90,10 @@ class Teacher:
     def _prepared(self, plain: nn.Module, channels_last: bool) -> nn.Module:
         """The network folded, lowered and in channels_last, if its logits agree with the plain one's."""
         try:
-            if plain.wants:
-                raise TypeError("tracing would lose the taps that the method reads")
-            fast, folded = fold_batch_norm(plain), "batch norms folded"
+            if plain.wants:  # tracing would lose them
+                fast, folded = copy.deepcopy(plain), "batch norms not folded, as features are read between them"
+            else:
+                fast, folded = fold_batch_norm(plain), "batch norms folded"
         except Exception as error:  # torch.fx refuses networks with data-dependent control flow, in many ways
             fast, folded = copy.deepcopy(plain), f"batch norms not folded ({type(error).__name__})"
         if channels_last:

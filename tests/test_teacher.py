@@ -83,9 +83,17 @@ def test_a_network_that_cannot_be_traced_is_used_unfolded():
     net = network()
     net.net = Branching()
     teacher = Teacher(net, net.spec, image_size=32)
-    assert any("not folded" in note for note in teacher.notes)
+    assert any("not folded (" in note for note in teacher.notes)
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(teacher(images).logits, plain_logits(net, images), atol=1e-6)
+
+
+def test_a_network_whose_features_are_read_keeps_its_norms_and_says_why():
+    net = network()
+    net.want(["stage1"])
+    teacher = Teacher(net, net.spec, image_size=32)
+    assert any("not folded, as features are read" in note for note in teacher.notes), teacher.notes
+    assert teacher(torch.randn(2, 3, 32, 32)).features.keys() == {"stage1"}
 
 
 def test_a_prepared_network_that_disagrees_is_refused():
