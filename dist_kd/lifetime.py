@@ -58,7 +58,7 @@ def run_training(parsed: Parsed, begun: float | None = None) -> int:
         runtime.progress.at("finish", run.state.step)
         runtime.progress.patient = True
         if outcome == "done":
-            runtime.on_main(lambda: _finish(parsed, folder, run, built, started))
+            runtime.on_main(lambda: _finish(parsed, folder, run, built))
         else:
             runtime.say(f"stopped at step {run.state.step} ({run.stop.reason}); the same command goes on from there")
             run.stop.obeyed()
@@ -98,8 +98,8 @@ def _exit_code(outcome: str) -> int:
     return PREEMPTED if outcome == "preempted" and not launched() else 0
 
 
-def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any], started: float) -> None:
+def _finish(parsed: Parsed, folder: RunFolder, run: Run, built: dict[str, Any]) -> None:
     with writing(
         folder.path, "what a finished run leaves (its last checkpoint stands: the same command goes on there)"
     ):
-        results.finish(parsed.config, folder, run, built, time.monotonic() - started)
+        results.finish(parsed.config, folder, run, built)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -55,7 +56,13 @@ class Run:
     tester: Evaluator | None = None  # of a third set, which is scored and never chosen by
     still_ours: Callable[[], None] = lambda: None  # raises if the folder is another run's by now
     failed_saves: int = 0  # in a row
+    earlier_s: float = 0.0  # seconds of the starts before this one, up to the checkpoint that it goes on from
     stragglers: Stragglers = field(default_factory=Stragglers)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all starts that led here, this one's imports included."""
+        return self.earlier_s + time.monotonic() - self.runtime.begun
 
 
 def seed_networks(seed: int, step: int, first_row: int, device: torch.device) -> None:
@@ -262,6 +269,7 @@ def snapshot(run: Run) -> Snapshot:
     _account(run)
     run.updates.settle(run.state, run.state.step)
     run.state.meter_sums = run.runtime.reduce_sum(run.meters.state()).tolist()
+    run.state.seconds = run.seconds
     tensors = {"model": run.student.state_dict()}
     if any(True for _ in run.method.state_dict()):
         tensors["method"] = run.method.state_dict()

@@ -76,10 +76,10 @@ def _group_lines(run: Run) -> Iterator[str]:
         )
 
 
-def _timing(folder: RunFolder, seconds: float) -> dict[str, float]:
+def _timing(run: Run, folder: RunFolder) -> dict[str, float]:
     """Means over the log points of training, weighted equally; shares of the step's time in percent."""
     lines = [m for m in read_metrics(folder.metrics) if m.get("kind") == "train"]
-    timing = {"total_s": seconds}
+    timing = {"total_s": run.seconds}
     if not lines:
         return timing
     names = ("step_ms", "data_ms", "teacher_ms", "student_ms", "other_ms")
@@ -117,9 +117,7 @@ def third_set_sentence(test: dict[str, Any]) -> str:
     )
 
 
-def summary(
-    run: Run, teacher: tuple[Any, Scores, Scores | None] | None, folder: RunFolder, seconds: float
-) -> dict[str, Any]:
+def summary(run: Run, teacher: tuple[Any, Scores, Scores | None] | None, folder: RunFolder) -> dict[str, Any]:
     """summary.json: the last evaluation is the result; the best is named as what it is."""
     state = run.state
     best = state.best | {"evaluations": state.evaluations, "note": "chosen on the validation set by its own top-1"}
@@ -148,7 +146,7 @@ def summary(
     }
     result["plan"] = dataclasses.asdict(run.plan)
     result["layout"] = run.facts["layout"]
-    result["timing"] = _timing(folder, seconds)
+    result["timing"] = _timing(run, folder)
     return result
 
 
@@ -227,9 +225,9 @@ def _save_folded(path: Path, card: Callable[..., str], leaves: dict[str, Any]) -
     return f"folded   {line}: student_folded/"
 
 
-def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any], seconds: float) -> None:
+def finish(config: Config, folder: RunFolder, run: Run, built: dict[str, Any]) -> None:
     """Writes what a finished run leaves behind. Rank 0 only."""
-    result = summary(run, built["teacher"], folder, seconds)
+    result = summary(run, built["teacher"], folder)
     folder.write("summary.json", result)
     network = run.student if run.average is None else run.average.network
     evaluation = {

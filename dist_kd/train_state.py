@@ -34,6 +34,7 @@ class TrainState:
     """What grows during training and is not a tensor."""
 
     step: int = 0  # finished optimizer updates
+    seconds: float = 0.0  # wall time of all starts that led here; what a kill made them do again is in it once
     evaluated_at: int = -1  # the step of the last finished evaluation
     best_top1: float = -1.0
     best_step: int = -1

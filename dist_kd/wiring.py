@@ -206,6 +206,7 @@ def _build_run(parsed: Parsed, runtime: Runtime, folder: RunFolder, undo: ExitSt
     if start.checkpoint is not None:
         progress.at("checkpoint")
         restore(run, start)
+        run.earlier_s = run.state.seconds
     if test is not None and run.state.test.data != test.spec.fingerprint:
         run.state.test = ThirdSet(test.spec.fingerprint)  # figures of another set are not these
     teacher_parameters = [sum(p.numel() for p in plain.parameters()) for plain in plain_teachers]

@@ -66,6 +66,18 @@ def test_a_finished_run_is_finished(digits, tmp_path):
     assert_same(final_state(tmp_path), before)
 
 
+def test_the_time_of_earlier_starts_counts(digits, tmp_path):
+    assert train(tmp_path, digits, *MEMORY, stop_at_batch=13) == "preempted"
+    found, _ = checkpoint.find(tmp_path / "checkpoints")
+    content = checkpoint.load(found, "cpu")
+    assert 0 < content.state.seconds < 100
+    content.state.seconds += 1e6  # eleven days
+    checkpoint.save(tmp_path / "checkpoints", content, keep=2)
+    for _ in range(2):  # the second start finds nothing to do
+        assert train(tmp_path, digits, *MEMORY) == "done"
+        assert 1e6 < final_state(tmp_path)["snapshot"].state.seconds < 1e6 + 200
+
+
 def test_changes_that_are_allowed_are_in_force(digits, tmp_path):
     assert train(tmp_path, digits, *MEMORY, stop_at_batch=3) == "preempted"
     assert train(tmp_path, digits, *MEMORY, "--weight-decay", "0.5", "--momentum", "0.25", "--allow-changes") == "done"
