@@ -121,7 +121,7 @@ def summary(run: Run, teacher: tuple[Any, Scores, Scores | None] | None, folder:
     """summary.json: the last evaluation is the result; the best is named as what it is."""
     state = run.state
     best = state.best | {"evaluations": state.evaluations, "note": "chosen on the validation set by its own top-1"}
-    best["kept"] = state.best_step >= 0 and checkpoint.holds(run.folder, state.best_step)  # false if its save was refused
+    best["kept"] = state.best_step >= 0 and checkpoint.holds(run.folder, state.best_step)  # not if its save was refused
     student = {"arch": run.student.spec.arch, "last": state.last, "best": best, "averaged": run.average is not None}
     if run.tester is not None and state.test.evaluations:
         student["test"] = third_set_figures(state.test)
