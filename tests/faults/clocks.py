@@ -3,6 +3,7 @@
 libfaketime changes how long Python's own sleeps take, which no wrong clock does, so this does without it.
 """
 
+import atexit
 import functools
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ def _library() -> str:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("a wrong clock needs a C compiler (Debian's package gcc)")
-    made = Path(tempfile.mkdtemp(prefix="wrong_clock-")) / "wrong_clock.so"
+    folder = Path(tempfile.mkdtemp(prefix="wrong_clock-"))
+    atexit.register(shutil.rmtree, folder)
+    made = folder / "wrong_clock.so"
     source = Path(__file__).with_name("wrong_clock.c")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True, timeout=60)
     return str(made)
