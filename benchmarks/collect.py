@@ -61,15 +61,20 @@ PANELS = {  # title -> metric
 
 
 def draw(records: list[RunRecord], target: Path) -> None:
-    """Accuracy and loss of the runs by epoch, as an SVG that a page of the docs can show."""
+    """Accuracy and loss of the runs by epoch, as an SVG that a page of the docs can show.
+
+    A recipe that chose its epoch on the test images has them as its validation set, and no test set besides.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     for axes, (title, key) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         for record in records:
-            lines = [line for line in record.of_kind("val" if key.startswith("test/") else "train") if key in line]
+            lines = record.of_kind("val" if key.startswith("test/") else "train")
+            shown = key if any(key in line for line in lines) else key.replace("test/", "val/")
+            lines = [line for line in lines if shown in line]
             places = [line["step"] * (record.epochs_per_step or 1) for line in lines]
-            axes.plot(places, [line[key] for line in lines], label=record.path.name, linewidth=1.2)
+            axes.plot(places, [line[shown] for line in lines], label=record.path.name, linewidth=1.2)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
