@@ -87,6 +87,11 @@ def test_agreement(tmp_path):
     assert found["processes"] == 2 and len(found["look_ms"]) == 2 and min(found["look_ms"]) > 0
 
 
+def without_test_scores(metrics: str) -> str:
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    return "".join(json.dumps({k: v for k, v in line.items() if k[:5] != "test/"}) + "\n" for line in lines)
+
+
 def test_collect(tmp_path):
     from dist_kd.cli import parse
     from dist_kd.commands.pack import main as pack
@@ -104,6 +109,12 @@ def test_collect(tmp_path):
     first, second = json.loads(to.read_text())
     assert first["student"]["test"]["last"]["samples"] == second["student"]["test"]["last"]["samples"] > 0
     assert (second["settings"]["seed"], second["settings"]["batch_size"]) == (1, 32)
+    metrics = tmp_path / "run-1" / "metrics.jsonl"  # as of a recipe whose validation images are the test images
+    metrics.write_text(without_test_scores(metrics.read_text()))
+    for name in "run-0", "run-1":
+        run("collect.py", str(tmp_path / name), "--to", str(to), "--curves", str(tmp_path / f"{name}.svg"))
+    drawn = [(tmp_path / f"run-{seed}.svg").read_text().count("stroke-width: 1.2;") for seed in (0, 1)]
+    assert drawn[0] == drawn[1] >= 3  # both panels of the test set, and the legend
 
 
 def test_methods(tmp_path):
